@@ -1,0 +1,106 @@
+"""Conditions: plain mappings from a name to a tensor whose first dimension is the batch.
+
+``{"label": (B,) int64}`` for class-conditional models (-1 is "no class"), ``{"prompt_embeds": (B, T, C), ...}`` for
+text-conditional ones. Nothing else about conditioning is known outside the network that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.core.noise import Noise
+from fewstep.errors import InputError
+
+Cond = Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """Training material: pictures ``x`` (B, C, H, W) in [-1, 1], or None where a method needs no data, and conditions."""
+
+    x: Tensor | None
+    cond: dict[str, Tensor]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        x = None if self.x is None else self.x.to(device, non_blocking=True)
+        return Batch(x, {k: v.to(device, non_blocking=True) for k, v in self.cond.items()})
+
+
+def null(cond: Cond, nulls: Cond | None = None) -> dict[str, Tensor]:
+    """The unconditional partner of ``cond``, for guidance and for condition dropout.
+
+    ``label`` becomes -1. Every other entry is taken from ``nulls`` (one example without batch dimension, such as the
+    embedding of the empty prompt) and broadcast over the batch.
+
+    Raises:
+        InputError: an entry has no known null.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in cond.items():
+        if nulls is not None and name in nulls:
+            out[name] = nulls[name].to(value).expand_as(value)
+        elif name == "label":
+            out[name] = torch.full_like(value, -1)
+        else:
+            raise InputError(f"condition {name!r} has no null value: pass it in `nulls` (known: {sorted(nulls or {})})")
+    return out
+
+
+def cat(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """Joins conditions along the batch.
+
+    Raises:
+        InputError: the conditions do not have the same names.
+    """
+    if any(set(c) != set(conds[0]) for c in conds):
+        raise InputError(f"cannot join conditions with different names: {[sorted(c) for c in conds]}")
+    return {name: torch.cat([c[name] for c in conds]) for name in conds[0]} if conds else {}
+
+
+def take(cond: Cond | None, index: Tensor | slice) -> dict[str, Tensor]:
+    """The rows ``index`` of a condition (None counts as no condition)."""
+    return {} if cond is None else {name: value[index] for name, value in cond.items()}
+
+
+def drop(cond: Cond, mask: Tensor, nulls: Cond | None = None) -> dict[str, Tensor]:
+    """``cond`` with the rows where ``mask`` (B,) is true replaced by their null: classifier-free guidance's dropout."""
+    empty = null(cond, nulls)
+    return {k: torch.where(mask.reshape(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in cond.items()}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Where a class-conditional generator's conditions come from: labels with these frequencies.
+
+    Attributes:
+        frequencies: share of each class, in any unit.
+        names: what the classes are called, if they have names.
+    """
+
+    frequencies: tuple[float, ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.frequencies) < 1 or min(self.frequencies) < 0 or not sum(self.frequencies) > 0:
+            raise InputError(f"class frequencies must be >= 0 and not all 0, got {self.frequencies}")
+
+    def draw(self, noise: Noise) -> dict[str, Tensor]:
+        """One label per source, a function of its seed alone."""
+        edges = torch.tensor(self.frequencies, dtype=torch.float64, device=noise.seeds.device).cumsum(0)
+        place = noise.uniform((), "label", dtype=torch.float64) * edges[-1]
+        return {"label": torch.searchsorted(edges, place, right=True).clamp(max=len(edges) - 1)}
+
+    def check(self, cond: Cond) -> None:
+        """Raises InputError for a label that is neither -1 (no class) nor a class."""
+        label = cond.get("label")
+        if label is None:
+            return
+        wrong = label[(label < -1) | (label >= len(self.frequencies))]
+        if len(wrong):
+            top = len(self.frequencies) - 1
+            raise InputError(f"label {int(wrong[0])} is out of range: classes are 0 to {top}, and -1 for none")

@@ -1,0 +1,235 @@
+"""The one training loop. It owns optimizers, freezing, precision, accumulation, averages and saving; no method's name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import distributed
+from fewstep.core.cond import Batch
+from fewstep.core.noise import Noise
+from fewstep.core.options import FitOptions, Report
+from fewstep.core.role import Method, Models, Role, Update
+from fewstep.core.state import Run, load_parameter_state, load_weights, parameter_state
+from fewstep.errors import InputError, NonFiniteError
+
+
+class Data(Protocol):
+    """What the loop needs of data: ``take`` is a pure function of the numbers of the examples."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, ids: Tensor) -> Batch:
+        """The examples ``ids`` (B,) int64."""
+        ...
+
+
+def build_models(roles: Mapping[str, Role], device: str) -> Models:
+    """The networks of a method and their averages, frozen, on the device, the same on every process."""
+    networks = {name: role.start().to(device).requires_grad_(False).eval() for name, role in roles.items()}
+    for network in networks.values():
+        distributed.broadcast(network)
+    averages = {n: copy.deepcopy(networks[n]) for n, r in roles.items() if r.ema is not None}
+    return Models(roles, networks, averages)
+
+
+def example_order(seed: int, step: int, batch: int, size: int) -> Tensor:
+    """The numbers of the ``batch`` examples of a step: every epoch is a permutation keyed by (seed, epoch)."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    epochs = places // size
+    ids = torch.empty_like(places)
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        ids[here] = Noise.of(seed, size).bits(1, "order", epoch)[:, 0].argsort()[places[here] % size]
+    return ids
+
+
+def fit(
+    method: Method, models: Models, data: Data, options: FitOptions, run: Run | None, *, start: int = 0
+) -> Iterator[Report]:
+    """Trains, yielding a report every ``log_every`` steps and at the end.
+
+    ``start`` is the step of ``run``'s newest checkpoint to continue from; 0 starts anew. Everything random is a
+    function of (seed, step, sample), so that a resumed run goes on bit for bit.
+
+    Raises:
+        NonFiniteError: ``patience`` non-finite updates in a row; names role, step and loss.
+        InputError: the checkpoint does not fit the networks, or cannot be written.
+    """
+    loop = _Loop(method, models, data, options, run)
+    seconds = loop.restore(start) if start else 0.0
+    clock = time.monotonic() - seconds
+    spent, step = options.budget.progress(start, start * options.batch, seconds), start
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(loop.load, step)
+        while spent < 1:
+            parts = waiting.result()
+            waiting = pool.submit(loop.load, step + 1)
+            loop.step(step, spent, parts)
+            step += 1
+            seconds = distributed.agree(time.monotonic() - clock)
+            spent = options.budget.progress(step, step * options.batch, seconds)
+            done = spent >= 1
+            if done or (options.save_every and step % options.save_every == 0):
+                loop.save(step, seconds)
+            if done or step % options.log_every == 0:
+                yield Report(step, step * options.batch, seconds, min(spent, 1.0), *loop.read(), done)
+
+
+class _Loop:
+    """The state of a run and what is done to it in a step."""
+
+    def __init__(self, method: Method, models: Models, data: Data, options: FitOptions, run: Run | None) -> None:
+        self.method, self.m, self.data, self.options, self.run = method, models, data, options, run
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, role in models.roles.items():
+            if role.optim is not None:
+                o = role.optim
+                # Fused Adam skips a step on the device when told of a non-finite gradient: no host sync.
+                self.optimizers[name] = torch.optim.AdamW(
+                    models.networks[name].parameters(), o.lr, o.betas, o.eps, o.weight_decay, fused=True
+                )
+        self.updates = dict.fromkeys(self.optimizers, 0)
+        self.health = {name: torch.zeros(4, dtype=torch.float64, device=options.device) for name in self.optimizers}
+        self.sums: dict[str, list[Tensor]] = {}
+
+    def load(self, step: int) -> list[tuple[Batch, Tensor]]:
+        """The micro-batches of this process and the places of their examples in the whole batch."""
+        size, ways = self.options.batch, distributed.world()
+        ids = example_order(self.options.seed, step, size, len(self.data))
+        places = torch.arange(size)[distributed.rank() :: ways]
+        return [(self.data.take(ids[part]), part) for part in places.chunk(self.options.micro)]
+
+    def step(self, i: int, progress: float, parts: list[tuple[Batch, Tensor]]) -> None:
+        """One iteration of the method: its generators advance in lockstep over the micro-batches."""
+        device = self.options.device
+        generators = []
+        for batch, places in parts:
+            noise = Noise.of(self.options.seed, places, device).fold("fit", i)
+            generators.append(self.method.step(self.m, batch.to(device), i, noise))
+        while True:
+            with self.autocast():
+                updates = [next(g, None) for g in generators]
+            ready = [u for u in updates if u is not None]
+            if not ready:
+                return
+            if len(ready) < len(updates) or len({u.roles for u in ready}) > 1:
+                raise RuntimeError(f"{type(self.method).__name__}.step yields differently on different micro-batches")
+            self.update(i, progress, ready)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """bfloat16 for the networks, when asked for."""
+        if not self.options.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.options.device).type, torch.bfloat16)
+
+    def update(self, i: int, progress: float, updates: list[Update]) -> None:
+        """One optimizer step: opens the roles, adds the gradients up, steps, averages, freezes again."""
+        names = updates[0].roles
+        unknown = [n for n in names if n not in self.optimizers]
+        if unknown:
+            raise RuntimeError(f"{type(self.method).__name__} updates {unknown}, which have no optimizer")
+        for name in names:
+            self.m.networks[name].train().requires_grad_(True)
+        total: Tensor | float = 0.0
+        for u in updates:
+            with self.autocast():
+                made = u.loss()
+            losses = {"loss": made} if isinstance(made, Tensor) else made
+            (losses["loss"] / len(updates)).backward()
+            total = total + losses["loss"].detach() / len(updates)
+            for key, value in losses.items():
+                self.sums.setdefault(f"{'+'.join(names)}/{key}", []).append(value.detach().float())
+        assert isinstance(total, Tensor)
+        for name in names:
+            self.apply(name, i, progress, total)
+            self.m.networks[name].requires_grad_(False).eval()
+
+    def apply(self, name: str, i: int, progress: float, loss: Tensor) -> None:
+        """Reduces, clips and applies one role's gradients, unless they are not finite; then moves its average."""
+        network, optimizer, role = self.m.networks[name], self.optimizers[name], self.m.roles[name]
+        assert role.optim is not None
+        parameters = [p for p in network.parameters()]
+        distributed.average_gradients(parameters)
+        used = [p for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(used, role.optim.clip, norm)
+        self.sums.setdefault(f"{name}/grad_norm", []).append(norm.detach().float())
+        bad = (~torch.isfinite(norm + distributed.average(loss))).float()
+        self.note(name, bad, i, loss)
+        for group in optimizer.param_groups:
+            group["lr"] = role.optim.rate(i, progress)
+        optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if role.ema is not None:
+            decay = role.ema.decay(self.updates[name])
+            average = self.m.averages[name]
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+                for kept, new in zip(average.buffers(), network.buffers(), strict=True):
+                    kept.copy_(new)
+        self.updates[name] += 1
+
+    def note(self, name: str, bad: Tensor, i: int, loss: Tensor) -> None:
+        """Counts skipped updates on the device: all, in a row now, longest row, first step of the row."""
+        skipped, streak, longest, first = self.health[name].unbind()
+        streak = (streak + 1) * bad
+        first = torch.where(streak == 1, torch.full_like(first, i), first)
+        self.health[name] = torch.stack([skipped + bad, streak, torch.maximum(longest, streak), first])
+        # Looking costs a host sync on an accelerator, where it waits for the next report.
+        if self.options.device == "cpu" and longest + 1 >= self.options.patience:
+            self.check(name, float(loss))
+
+    def check(self, name: str, loss: float) -> None:
+        """Raises NonFiniteError when a role has failed ``patience`` times in a row."""
+        _, _, longest, first = self.health[name].tolist()
+        if longest >= self.options.patience:
+            raise NonFiniteError(
+                f"training stopped: {int(longest)} non-finite updates of {name!r} in a row from step {int(first)} "
+                f"(loss {loss:g}): lower the learning rate, clip gradients, or train in float32"
+            )
+
+    def read(self) -> tuple[dict[str, float], int]:
+        """Means of the losses since the last report and the number of updates skipped so far."""
+        means = {k: float(distributed.average(torch.stack(v).mean())) for k, v in self.sums.items()}
+        self.sums.clear()
+        for name in self.optimizers:
+            self.check(name, means.get(f"{name}/loss", float("nan")))
+        return means, int(sum(float(h[0]) for h in self.health.values()))
+
+    def save(self, step: int, seconds: float) -> None:
+        """A checkpoint of everything that was trained, by rank 0."""
+        if self.run is not None and distributed.rank() == 0:
+            groups = {}
+            for name, optimizer in self.optimizers.items():
+                network = self.m.networks[name]
+                groups[f"roles/{name}"] = network.state_dict()
+                groups[f"optim/{name}"] = parameter_state(network, optimizer)
+                if name in self.m.averages:
+                    groups[f"roles/{name}.ema"] = self.m.averages[name].state_dict()
+            self.run.save(step, groups, {"seconds": seconds, "updates": self.updates})
+        distributed.barrier()
+
+    def restore(self, start: int) -> float:
+        """Puts the newest checkpoint back; returns the seconds spent before it."""
+        found = self.run.latest() if self.run is not None else None
+        if found is None or found[0]["step"] != start or self.run is None:
+            raise InputError(f"there is no checkpoint of step {start} to resume from")
+        facts, groups = found
+        for name, optimizer in self.optimizers.items():
+            network: nn.Module = self.m.networks[name]
+            place = self.run.folder / f"roles/{name}"
+            load_weights(network, groups[f"roles/{name}"], place)
+            load_parameter_state(network, optimizer, groups[f"optim/{name}"])
+            if name in self.m.averages:
+                load_weights(self.m.averages[name], groups[f"roles/{name}.ema"], place)
+        self.updates = {k: int(v) for k, v in facts["updates"].items()}
+        return float(facts["seconds"])

@@ -1,0 +1,167 @@
+"""What a training method is made of: roles, optimizers and averages as values, updates as closures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fewstep.core.cond import Batch
+from fewstep.core.noise import Noise
+from fewstep.errors import InputError
+
+Losses = Tensor | Mapping[str, Tensor]
+Decay = Literal["constant", "cosine", "linear", "drop"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Adam with decoupled weight decay, and how its learning rate runs.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per step and unit of lr.
+        clip: largest gradient norm; inf for no clipping.
+        warmup: steps of linear warm-up.
+        decay: after it: constant, cosine to 0, linear to 0, or drop to a tenth at half of the budget.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = math.inf
+    warmup: int = 0
+    decay: Decay = "constant"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not self.clip > 0 or self.warmup < 0:
+            raise InputError(f"an optimizer needs lr > 0, clip > 0 and warmup >= 0, got {self}")
+        if self.decay not in ("constant", "cosine", "linear", "drop"):
+            raise InputError(f"unknown decay {self.decay!r}: choose constant, cosine, linear or drop")
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate at ``step`` (0, 1, ...) when the share ``progress`` of the budget is spent."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        left = max(0.0, 1.0 - progress)
+        shape = {
+            "constant": 1.0,
+            "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+            "linear": left,
+            "drop": 1.0 if left > 0.5 else 0.1,
+        }
+        return self.lr * warm * shape[self.decay]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """A running average of a role's weights.
+
+    ``rate`` is the constant decay per step (0.999 averages about a thousand steps). ``power`` instead averages over a
+    fixed *share* of the run: 0.1 is a relative standard deviation of 10 % (power function, arXiv 2312.02696, eq. 4).
+    """
+
+    rate: float | None = None
+    power: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rate is None) == (self.power is None):
+            raise InputError(f"an average has either a rate or a power, got {self}")
+        if self.rate is not None and not 0 <= self.rate < 1:
+            raise InputError(f"the rate of an average must be in [0, 1), got {self.rate}")
+        if self.power is not None and not 0 < self.power < 0.28:
+            raise InputError(f"the relative width of a power average must be in (0, 0.28), got {self.power}")
+
+    def decay(self, step: int) -> float:
+        """The weight of the old average at ``step`` (0, 1, ...)."""
+        if self.rate is not None:
+            # The usual ramp: a young average must not remember its random start.
+            return min(self.rate, (1 + step) / (10 + step))
+        return (1 - 1 / (step + 1)) ** (self._gamma() + 1)
+
+    def _gamma(self) -> float:
+        """The exponent whose power function has this relative standard deviation: solves a monotone cubic."""
+        assert self.power is not None
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            mid = (low + high) / 2
+            width = math.sqrt((mid + 1) / ((mid + 2) ** 2 * (mid + 3)))
+            low, high = (mid, high) if width > self.power else (low, mid)
+        return low
+
+
+@dataclass(frozen=True)
+class Role:
+    """One network of a method.
+
+    Attributes:
+        start: makes the network, once, when training starts or resumes.
+        optim: how it is trained; None keeps it frozen.
+        ema: the average that is kept of it.
+        ships: whether it is (through its average, if it has one) what training is for.
+    """
+
+    start: Callable[[], nn.Module]
+    optim: Optim | None = None
+    ema: Ema | None = None
+    ships: bool = False
+
+
+class Update(NamedTuple):
+    """One optimizer step of ``role``: ``loss()`` is called with that role alone open for gradients."""
+
+    role: str | tuple[str, ...]
+    loss: Callable[[], Losses]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that step."""
+        return (self.role,) if isinstance(self.role, str) else self.role
+
+
+class Models:
+    """The live networks of a run: ``m.student``, ``m.fake``; ``m.ema("student")`` is an average."""
+
+    def __init__(
+        self, roles: Mapping[str, Role], networks: Mapping[str, nn.Module], averages: Mapping[str, nn.Module]
+    ) -> None:
+        self.roles = dict(roles)
+        self.networks = dict(networks)
+        self.averages = dict(averages)
+
+    def __getattr__(self, name: str) -> Any:
+        networks = self.__dict__.get("networks", {})
+        if name not in networks:
+            raise AttributeError(f"this run has no role {name!r}, only {sorted(networks)}")
+        return networks[name]
+
+    def ema(self, role: str) -> Any:
+        """The average of a role, or the role itself if it keeps none."""
+        return self.averages.get(role, self.networks[role])
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyper-parameters with one generator; one yield is one optimizer step.
+
+    ``step`` runs with every role frozen; only inside an Update's ``loss`` is a role open. A yield must not stand inside
+    a grad-mode or autocast context.
+    """
+
+    needs_data: ClassVar[bool]
+
+    def roles(self, teacher: Any) -> dict[str, Role]:
+        """The networks, by name."""
+        ...
+
+    def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
+        """The updates of iteration ``i`` on one micro-batch."""
+        ...
+
+    def sampler(self, teacher: Any) -> Any:
+        """How the shipped network is meant to be used."""
+        ...

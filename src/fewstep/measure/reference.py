@@ -1,0 +1,160 @@
+"""The real data's side of a comparison, computed once per data set and extractor and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.core.cond import Batch
+from fewstep.errors import InputError
+from fewstep.measure.features import Classifier, Extractor
+from fewstep.measure.files import read_npz, write_npz
+from fewstep.measure.frechet import Moments
+from fewstep.measure.modes import classes as classify
+
+FORMAT = 1
+KEEP = 10_000
+
+
+class RealData(Protocol):
+    """What a comparison needs to know of a data set; every data set of this library fits."""
+
+    @property
+    def name(self) -> str:
+        """A short name."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every picture."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, ids: Tensor) -> Batch:
+        """The pictures ``ids`` (B,) int64: x (B, C, H, W) in [-1, 1]."""
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where reference files are kept: ``cache``, else the environment's FEWSTEP_CACHE, else ~/.cache/fewstep."""
+    return Path(cache or os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep").expanduser()
+
+
+def cache_path(data: RealData, extractor: Extractor, *, keep: int = KEEP, cache: str | Path | None = None) -> Path:
+    """The reference file of ``data`` under ``extractor``: named by a hash of both contents."""
+    key = f"{FORMAT} {data.fingerprint} {len(data)} {extractor.fingerprint} {min(keep, len(data))}"
+    return cache_folder(cache) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Everything the metrics need about the real pictures under one extractor.
+
+    Attributes:
+        moments: count, mean and covariance of the features.
+        features: (M, dim) float32 of M evenly spaced pictures, or None when only the moments were asked for.
+        classes: (N,) int64, the class the extractor sees in each picture, or None when it is not a classifier.
+    """
+
+    moments: Moments
+    features: Tensor | None
+    classes: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        data: RealData,
+        extractor: Extractor,
+        *,
+        keep: int = KEEP,
+        batch: int = 512,
+        cache: str | Path | None = None,
+    ) -> Reference:
+        """The reference of ``data``, read from the cache or computed and written there.
+
+        A cache file that cannot be read is computed again, with a warning.
+
+        Args:
+            data: the real pictures.
+            extractor: what turns them into features.
+            keep: how many pictures' features are kept too, evenly spaced over the data, as KID, precision and recall
+                need; their cost grows with its square. 0 keeps none. The moments and classes are those of all pictures.
+            batch: pictures at a time.
+            cache: the folder of cache files; see :func:`cache_folder`.
+
+        Raises:
+            InputError: fewer than two pictures, features that are not finite, or a cache folder that cannot be written.
+        """
+        path = cache_path(data, extractor, keep=keep, cache=cache)
+        if path.exists():
+            try:
+                return cls._read(path, extractor, len(data), keep)
+            except InputError as error:
+                warnings.warn(f"reference of {data.name!r} is computed again: {error}", stacklevel=2)
+        reference = cls._compute(data, extractor, keep, batch)
+        reference._write(path)
+        return reference
+
+    @classmethod
+    def _compute(cls, data: RealData, extractor: Extractor, keep: int, batch: int) -> Reference:
+        if len(data) < 2:
+            raise InputError(
+                f"data {data.name!r} has {len(data)} pictures, expected at least 2: give more real pictures"
+            )
+        moments, features, found = Moments(extractor.dim), [], []
+        kept = torch.zeros(len(data), dtype=torch.bool)
+        kept[_spaced(len(data), keep)] = True
+        for images in _pictures(data, batch):
+            part = extractor(images).cpu()
+            features.append(part[kept[moments.n : moments.n + len(part)]])
+            moments.update(part)
+            if isinstance(extractor, Classifier):
+                found.append(classify(images, extractor))
+        return cls(moments, torch.cat(features) if keep else None, torch.cat(found) if found else None)
+
+    def _write(self, path: Path) -> None:
+        extra = {"features": self.features, "classes": self.classes}
+        write_npz(path, self.moments.arrays() | {k: v.numpy() for k, v in extra.items() if v is not None})
+
+    @classmethod
+    def _read(cls, path: Path, extractor: Extractor, count: int, keep: int) -> Reference:
+        data = read_npz(path)
+        moments = Moments.from_arrays(data, str(path))
+        expected: dict[str, tuple[type, tuple[int, ...]]] = (
+            {"features": (np.float32, (min(keep, count), extractor.dim))} if keep else {}
+        )
+        if isinstance(extractor, Classifier):
+            expected["classes"] = (np.int64, (count,))
+        fits = all(
+            k in data and data[k].dtype == kind and data[k].shape == shape for k, (kind, shape) in expected.items()
+        )
+        if moments.n != count or moments.dim != extractor.dim or not fits:
+            raise InputError(f"{path} does not hold {count} pictures of {extractor.dim} features: delete it")
+        return cls(moments, *(torch.from_numpy(data[k]) if k in expected else None for k in ("features", "classes")))
+
+
+def _spaced(total: int, most: int) -> Tensor:
+    """At most ``most`` of 0 .. total - 1, evenly spaced, so that data sorted by class stay represented."""
+    count = min(most, total)
+    return torch.arange(count) * total // max(count, 1)
+
+
+def _pictures(data: RealData, batch: int) -> Iterator[Tensor]:
+    for ids in torch.arange(len(data)).split(batch):
+        images = data.take(ids).x
+        if images is None:
+            raise InputError(
+                f"data {data.name!r} has no pictures, expected real ones to compare with: choose other data"
+            )
+        yield images

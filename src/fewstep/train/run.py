@@ -1,0 +1,155 @@
+"""The front door of training: runs any method in a folder, with a live bar, sample grids, a log, and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core import distributed
+from fewstep.core.cond import Classes
+from fewstep.core.denoiser import edm
+from fewstep.core.fit import Data, build_models, fit
+from fewstep.core.generator import Generator, check_device
+from fewstep.core.options import Budget, FitOptions, Report
+from fewstep.core.role import Method, Models
+from fewstep.core.state import Run
+from fewstep.data import Data as PictureData
+from fewstep.errors import InputError, unknown
+from fewstep.grid.karras import karras
+from fewstep.models import ResMLP, ResMLPConfig, UNet, UNetConfig
+from fewstep.report.pictures import save_grid
+from fewstep.solve.heun import heun
+
+
+def untrained(data: PictureData, network: str = "unet", *, seed: int = 0, **size: Any) -> Generator:
+    """A generator with fresh weights for the shape, classes and spread of ``data``, in EDM's preconditioning.
+
+    ``network`` is "unet" or "resmlp"; ``size`` changes fields of its config.
+
+    Raises:
+        InputError: an unknown network or field, or pictures it cannot be built for.
+    """
+    if network not in ("unet", "resmlp"):
+        raise unknown("network", network, ("unet", "resmlp"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if network == "unet":
+                net: torch.nn.Module = UNet(UNetConfig.for_shape(data.shape, data.classes, **size))
+            else:
+                net = ResMLP(ResMLPConfig(data.shape, data.classes, **size))
+        except TypeError as error:
+            raise InputError(f"network {network!r} cannot take {sorted(size)}: {error}") from None
+    denoiser = edm(net, data.shape, sigma_data=round(data.std, 4))
+    conds = Classes(tuple(data.frequencies)) if data.classes else None
+    return Generator(denoiser, heun(karras(18, denoiser.sigma_min, denoiser.sigma_max)), None, conds)
+
+
+def train(
+    start: Generator,
+    method: Method,
+    data: Data,
+    *,
+    out: str | Path,
+    budget: str | int | Budget,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep: int = 2,
+    grid_every: int = 0,
+    progress: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Generator:
+    """Runs ``method`` from ``start`` and leaves a run folder that is also a generator folder.
+
+    ``budget`` is like "2000 steps", "200k images" or "90s". ``options`` are the fields of
+    :class:`fewstep.core.options.FitOptions`. ``grid_every`` steps a picture of samples is written (0: only at the end).
+    Under torchrun every process calls this; rank 0 writes.
+
+    Raises:
+        InputError: bad options, or an ``out`` that holds another run.
+        NonFiniteError: training diverged.
+    """
+    device = check_device(options.get("device", "cpu"))
+    distributed.start(device)
+    if "save_every" not in options and grid_every:
+        options["save_every"] = grid_every
+    try:
+        chosen = FitOptions(budget=Budget.parse(budget), **options)
+    except TypeError as error:
+        raise InputError(f"unknown training option: {error}") from None
+    made = {"method": type(method).__name__, "settings": asdict(method), "options": asdict(chosen)}  # type: ignore[call-overload]
+    body = {**(recipe or {}), **made}
+    first = distributed.rank() == 0
+    run = Run.open(Path(out), body, resume=resume, overwrite=overwrite, keep=keep) if first else Run(Path(out), keep)
+    distributed.barrier()
+    found = run.latest() if resume else None
+    step = int(found[0]["step"]) if found else 0
+    if first:
+        run.rewind_log(step)
+    models = build_models(method.roles(start), str(device))
+    shipped = _shipped(method, models, start)
+    last: dict[str, Any] = {}
+    with _Bar(type(method).__name__, chosen, progress and first) as bar:
+        for report in fit(method, models, data, chosen, run, start=step):
+            if first:
+                last = _entry(report)
+                run.log(last)
+                bar.show(report)
+                if report.done or (grid_every and report.step % grid_every < chosen.log_every):
+                    save_grid(shipped.sample(64, progress=False), run.folder / "samples" / f"{report.step:08d}.png")
+    shipped.card = {**made, "trained": last, **shipped.card}
+    if first:
+        shipped.save(out)
+    distributed.barrier()
+    return shipped
+
+
+def _shipped(method: Method, models: Models, start: Generator) -> Generator:
+    name = next(n for n, role in models.roles.items() if role.ships)
+    return Generator(models.ema(name), method.sampler(start), start.codec, start.conds)
+
+
+def _entry(report: Report) -> dict[str, Any]:
+    return {
+        "step": report.step,
+        "images": report.images,
+        "seconds": round(report.seconds, 3),
+        "skipped": report.skipped,
+        **{k: float(f"{v:.6g}") for k, v in report.losses.items()},
+    }
+
+
+class _Bar:
+    """A live line: share done, loss, images per second, time left."""
+
+    def __init__(self, title: str, options: FitOptions, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), "{task.percentage:.0f}%", TextColumn("{task.fields[say]}"))
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not shown
+        )
+        self.task = self.bar.add_task(title, total=1.0, say="")
+        self.before: tuple[int, float] | None = None
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def show(self, report: Report) -> None:
+        """Draws a report."""
+        images, seconds = self.before or (0, 0.0)
+        rate = (report.images - images) / max(report.seconds - seconds, 1e-9)
+        self.before = (report.images, report.seconds)
+        losses = "  ".join(f"{k.replace('/loss', '')} {v:.4g}" for k, v in report.losses.items() if k.endswith("/loss"))
+        skipped = f"  skipped {report.skipped}" if report.skipped else ""
+        self.bar.update(self.task, completed=report.progress, say=f"{losses}  {rate:,.0f} img/s{skipped}")
