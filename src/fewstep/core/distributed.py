@@ -15,6 +15,8 @@ BUCKET = 2**25
 def start(device: torch.device) -> None:
     """Joins the process group when started by torchrun; does nothing otherwise or the second time."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda" and device.index is None:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -47,8 +48,14 @@ def example_order(seed: int, step: int, batch: int, size: int) -> Tensor:
     ids = torch.empty_like(places)
     for epoch in epochs.unique().tolist():
         here = epochs == epoch
-        ids[here] = Noise.of(seed, size).bits(1, "order", epoch)[:, 0].argsort()[places[here] % size]
+        ids[here] = _permutation(seed, epoch, size)[places[here] % size]
     return ids
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """Kept for a while, because every step of an epoch reads it."""
+    return Noise.of(seed, size).bits(1, "order", epoch)[:, 0].argsort()
 
 
 def fit(
@@ -77,10 +84,11 @@ def fit(
             seconds = distributed.agree(time.monotonic() - clock)
             spent = options.budget.progress(step, step * options.batch, seconds)
             done = spent >= 1
-            if done or (options.save_every and step % options.save_every == 0):
-                loop.save(step, seconds)
+            # Reported first: what a kill in between leaves reported is reported again, but nothing is ever left out.
             if done or step % options.log_every == 0:
                 yield Report(step, step * options.batch, seconds, min(spent, 1.0), *loop.read(), done)
+            if done or (options.save_every and step % options.save_every == 0):
+                loop.save(step, seconds)
 
 
 class _Loop:
@@ -109,6 +117,14 @@ class _Loop:
 
     def step(self, i: int, progress: float, parts: list[tuple[Batch, Tensor]]) -> None:
         """One iteration of the method: its generators advance in lockstep over the micro-batches."""
+        device = self.options.device
+        with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+            # For what cannot be keyed by sample, such as dropout.
+            torch.manual_seed(int(Noise.of(self.options.seed, 1).fold("torch", i, distributed.rank()).seeds))
+            self.advance(i, progress, parts)
+
+    def advance(self, i: int, progress: float, parts: list[tuple[Batch, Tensor]]) -> None:
+        """:meth:`step`, with torch's own generator seeded."""
         device = self.options.device
         generators = []
         for batch, places in parts:
@@ -207,6 +223,12 @@ class _Loop:
 
     def save(self, step: int, seconds: float) -> None:
         """A checkpoint of everything that was trained, by rank 0."""
+        facts = {
+            "seconds": seconds,
+            "updates": self.updates,
+            "health": {name: health.tolist() for name, health in self.health.items()},
+            "sums": {key: distributed.average(torch.stack(values)).tolist() for key, values in self.sums.items()},
+        }
         if self.run is not None and distributed.rank() == 0:
             groups = {}
             for name, optimizer in self.optimizers.items():
@@ -215,7 +237,7 @@ class _Loop:
                 groups[f"optim/{name}"] = parameter_state(network, optimizer)
                 if name in self.m.averages:
                     groups[f"roles/{name}.ema"] = self.m.averages[name].state_dict()
-            self.run.save(step, groups, {"seconds": seconds, "updates": self.updates})
+            self.run.save(step, groups, facts)
         distributed.barrier()
 
     def restore(self, start: int) -> float:
@@ -224,12 +246,18 @@ class _Loop:
         if found is None or found[0]["step"] != start or self.run is None:
             raise InputError(f"there is no checkpoint of step {start} to resume from")
         facts, groups = found
+        place = self.run.checkpoints()[-1]
+        kept = [*self.optimizers, *(f"{name}.ema" for name in self.m.averages if name in self.optimizers)]
+        for needed in [f"roles/{name}" for name in kept] + [f"optim/{name}" for name in self.optimizers]:
+            if needed not in groups:
+                raise InputError(f"{place} has no {needed}.safetensors: remove this checkpoint to resume from an older one")
         for name, optimizer in self.optimizers.items():
             network: nn.Module = self.m.networks[name]
-            place = self.run.folder / f"roles/{name}"
             load_weights(network, groups[f"roles/{name}"], place)
             load_parameter_state(network, optimizer, groups[f"optim/{name}"])
             if name in self.m.averages:
                 load_weights(self.m.averages[name], groups[f"roles/{name}.ema"], place)
         self.updates = {k: int(v) for k, v in facts["updates"].items()}
+        self.health = {k: self.health[k].new_tensor(v) for k, v in facts["health"].items()}
+        self.sums = {k: list(torch.tensor(v, device=self.options.device)) for k, v in facts["sums"].items()}
         return float(facts["seconds"])

@@ -75,6 +75,8 @@ class FitOptions:
         for name in ("batch", "micro", "log_every", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.save_every < 0:
+            raise InputError(f"save_every must be at least 0, got {self.save_every}")
         if self.batch % (self.micro * distributed.world()):
             raise InputError(
                 f"batch {self.batch} must divide into {self.micro} micro-batches on {distributed.world()} processes"

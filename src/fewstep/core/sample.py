@@ -71,7 +71,10 @@ def sample(
         for step in _run(D, x, tableau, cond, noise, grad):
             if on_step is not None:
                 on_step(step)
-    return step.point
+            end = step.point if step.k == tableau.rows else None
+            del step  # it would keep a point and an output alive through the next evaluation
+    assert end is not None
+    return end
 
 
 def trajectory(
@@ -86,6 +89,7 @@ def trajectory(
         if step is None:
             return
         yield step
+        del step
 
 
 def _run(

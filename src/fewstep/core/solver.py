@@ -25,7 +25,7 @@ def check_grid(sigmas: Tensor) -> Tensor:
     Raises:
         InputError: not one-dimensional with at least two levels, non-finite, not strictly decreasing, or negative.
     """
-    grid = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    grid = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
     if grid.ndim != 1 or len(grid) < 2:
         raise InputError(f"a grid is a list of at least two levels, got shape {tuple(grid.shape)}")
     if not grid.isfinite().all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -40,8 +41,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise InputError(f"cannot write {path}: {error.strerror or error}: free some space or choose another --out") from None
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -59,7 +65,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {path}: {reason}: free some space or choose another --out") from None
 
@@ -136,15 +142,18 @@ class Run:
             InputError: it holds another run and neither ``resume`` nor ``overwrite`` was given, the recipe to resume
                 differs (names the fields), or it cannot be written.
         """
+        if keep < 1:
+            raise InputError(f"a run keeps at least 1 checkpoint, got {keep}")
         run, body = cls(Path(folder), keep), json.loads(json.dumps(recipe))
         if run.folder.exists() and not run.folder.is_dir():
             raise InputError(f"{folder} is a file: --out must be a folder")
-        occupied = run.folder.is_dir() and any(run.folder.iterdir())
+        # A kill before the recipe was there leaves at most a temporary file, which claims nothing.
+        occupied = run.folder.is_dir() and any(p.suffix != ".tmp" for p in run.folder.iterdir())
         if occupied and resume and not overwrite:
-            old = read_json(run.folder / RECIPE)
-            wrong = sorted(k for k in body.keys() | old.keys() if body.get(k) != old.get(k))
+            old, new = _flat(read_json(run.folder / RECIPE)), _flat(body)
+            wrong = sorted(k for k in new.keys() | old.keys() if new.get(k) != old.get(k))
             if wrong:
-                said = ", ".join(f"{k} was {old.get(k)!r} and is {body.get(k)!r}" for k in wrong[:3])
+                said = ", ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in wrong[:3])
                 raise InputError(f"{folder} was made with another recipe: {said}: use the same or another --out")
         elif occupied and not overwrite:
             raise InputError(f"{folder} already holds files: choose another --out, or --resume, or --overwrite")
@@ -201,8 +210,12 @@ class Run:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Appends one line to the log."""
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.folder / LOG
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}: free some space") from None
 
     def read_log(self) -> list[dict[str, Any]]:
         """All entries; a last line that a kill cut short is left out."""
@@ -222,9 +235,17 @@ class Run:
             write_text(self.folder / LOG, "".join(line + "\n" for line in kept))
 
 
+def _flat(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in body.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return out
+
+
 def _remove(folder: Path) -> None:
     """Renames first, so that a kill in between leaves no half-deleted folder under a name that counts."""
-    grave = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    grave = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     folder.rename(grave)
     shutil.rmtree(grave)
 

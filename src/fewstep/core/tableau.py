@@ -72,7 +72,9 @@ class Tableau:
 
     def __post_init__(self) -> None:
         for key in ("sigmas", "levels", "P", "W", "Z"):
-            object.__setattr__(self, key, torch.as_tensor(getattr(self, key)).detach().to("cpu", torch.float64))
+            # The dtype is given here, because a list of numbers would pass through float32 otherwise.
+            table = torch.as_tensor(getattr(self, key), dtype=torch.float64, device="cpu")
+            object.__setattr__(self, key, table.detach())
         rows = self.rows
         if rows < 1 or self.sigmas.ndim != 1:
             raise InputError(f"tableau {self.name!r}: sigmas must be (K,) with K >= 1, got {tuple(self.sigmas.shape)}")

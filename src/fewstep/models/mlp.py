@@ -21,6 +21,7 @@ class ResMLPConfig:
         shape: (C, H, W) of a picture.
         classes: number of classes, 0 for none.
         width: of every hidden layer.
+        embedding: width of the time and class embedding.
         blocks: residual blocks.
         dropout: probability in each block.
     """
@@ -28,15 +29,16 @@ class ResMLPConfig:
     shape: tuple[int, int, int] = (1, 8, 8)
     classes: int = 0
     width: int = 384
+    embedding: int = 96
     blocks: int = 4
     dropout: float = 0.0
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, embedding: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulate = nn.Linear(width, 2 * width)
+        self.modulate = nn.Linear(embedding, 2 * width)
         self.enter = nn.Linear(width, width)
         self.leave = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -58,9 +60,9 @@ class ResMLP(nn.Module):
         super().__init__()
         self.config = config
         pixels = math.prod(config.shape)
-        self.embed = Embedding(config.width, config.classes)
+        self.embed = Embedding(config.embedding, config.classes)
         self.enter = nn.Linear(pixels, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width, config.dropout) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(_Block(config.width, config.embedding, config.dropout) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
         self.leave = nn.Linear(config.width, pixels)
         nn.init.zeros_(self.leave.weight)
@@ -71,7 +73,7 @@ class ResMLP(nn.Module):
     def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """``x`` (B, *shape), ``time`` (B,) -> (B, *shape)."""
         emb = nn.functional.silu(self.embed(time, cond))
-        h = self.enter(x.flatten(1)) + emb
+        h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, emb)
         out: Tensor = self.leave(nn.functional.silu(self.norm(h)))

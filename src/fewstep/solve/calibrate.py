@@ -115,7 +115,7 @@ def _check(
         raise InputError(f"calibrate needs at least 8 trajectories, got {trajectories}; 256 is a good number")
     if ridge != "auto" and (isinstance(ridge, str) or not ridge >= 0):
         raise InputError(f"ridge must be 'auto' or a number >= 0, got {ridge!r}")
-    return None if sigmas is None else check_grid(torch.as_tensor(sigmas))
+    return None if sigmas is None else check_grid(torch.as_tensor(sigmas, dtype=torch.float64))
 
 
 def _fine_levels(D: Denoiser, grid: Tensor | None) -> Tensor:

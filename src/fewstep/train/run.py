@@ -93,7 +93,8 @@ def train(
         run.rewind_log(step)
     models = build_models(method.roles(start), str(device))
     shipped = _shipped(method, models, start)
-    last: dict[str, Any] = {}
+    # A finished run that is resumed has nothing to report, but it was trained.
+    last: dict[str, Any] = next(reversed(run.read_log()), {}) if first else {}
     with _Bar(type(method).__name__, chosen, progress and first) as bar:
         for report in fit(method, models, data, chosen, run, start=step):
             if first:

@@ -1,0 +1,119 @@
+"""The command line. ``fewstep COMMAND --help`` explains each; bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fewstep.cli.base import VERSION, from_json
+from fewstep.core.state import read_json
+from fewstep.errors import InputError, NonFiniteError, unknown
+
+COMMANDS = ("demo", "train", "sample", "calibrate", "distill", "evaluate", "show", "methods")
+
+USAGE = """fewstep: make a trained image generator fast and small, and prove that it is still good
+
+  fewstep demo                     train, calibrate, distil, measure, and show it on a page
+  fewstep train                    train a denoiser from pictures
+  fewstep sample GENERATOR         make pictures
+  fewstep calibrate GENERATOR      fit a sampler of few evaluations to a generator, without training
+  fewstep distill METHOD           train a student of few steps
+  fewstep evaluate GENERATOR       score pictures against real ones
+  fewstep show PATH                look at a tableau, a generator or a run
+  fewstep methods [METHOD]         what can be distilled, with defaults and sources
+
+  fewstep COMMAND --help           flags, defaults and units
+  fewstep COMMAND --recipe FILE    repeat a run from its recipe.json; further flags change it
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; exits with 0, with 2 after bad input, or with 1 when training diverged."""
+    try:
+        run(list(sys.argv[1:] if argv is None else argv))
+    except (InputError, NonFiniteError) as error:
+        sys.stderr.write(f"fewstep: {' '.join(str(error).split())}\n")
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"fewstep: {name}{error.strerror or error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("fewstep: stopped; a run with checkpoints goes on with --resume\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(0)
+
+
+def run(argv: list[str]) -> None:
+    """Parses and runs a command line.
+
+    Raises:
+        InputError: bad input of any kind.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    if argv[0] == "--version":
+        sys.stdout.write(f"fewstep {VERSION}\n")
+        return
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    recipe, rest = _recipe(command, rest)
+    # Imported by name so that one command does not pay for the imports of all.
+    module: Any = import_module(f"fewstep.cli.{command}")
+    if command == "distill":
+        kind, rest = module.command_for(rest, recipe)
+    else:
+        kind = getattr(module, command.capitalize())
+    default = None if recipe is None else from_json(kind, recipe, "recipe arguments")
+    parse(kind, command, rest, default).run()
+
+
+def parse(kind: Any, command: str, argv: list[str], default: Any) -> Any:
+    """The command's dataclass from its flags.
+
+    Raises:
+        InputError: what the parser said, on one line.
+    """
+    said = io.StringIO()
+    given = {} if default is None else {"default": default}
+    wants_help = "-h" in argv or "--help" in argv
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=f"fewstep {command}", args=argv, **given)
+    except SystemExit as stop:
+        if wants_help or not stop.code:
+            raise
+        raise InputError(_one_line(said.getvalue(), command)) from None
+
+
+def _one_line(box: str, command: str) -> str:
+    """The parser's framed message without its frame and its repeated help."""
+    lines = [re.sub(r"[│╭╮╰╯─┌┐└┘|]+", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.sub(r"^(Parsing error|Required options|Unrecognized options|Invalid \w+)\s+", r"", text)
+    return f"{text.split('For full helptext')[0].strip()} (fewstep {command} --help)"
+
+
+def _recipe(command: str, argv: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Takes ``--recipe FILE`` out of the flags and reads the arguments that it holds."""
+    if "--recipe" not in argv:
+        return None, argv
+    at = argv.index("--recipe")
+    if at + 1 >= len(argv):
+        raise InputError("--recipe needs a file: the recipe.json of an earlier run")
+    body = read_json(Path(argv[at + 1]))
+    if body.get("command") != command or not isinstance(body.get("arguments"), dict):
+        raise InputError(f"{argv[at + 1]} is a recipe of {body.get('command')!r}, not of {command!r}")
+    return body["arguments"], argv[:at] + argv[at + 2 :]

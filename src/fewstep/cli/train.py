@@ -1,0 +1,95 @@
+"""``fewstep train``: a denoiser from pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from fewstep.cli.base import next_folder, recipe_of
+from fewstep.data import load_data
+from fewstep.train import EDMTraining, train, untrained
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """How to run.
+
+    Attributes:
+        out: run folder; runs/<command>-<number> without one.
+        budget: how long: "2000 steps", "200k images", "90s", "5m", "2h".
+        batch: pictures per step, over all micro-batches and processes.
+        micro: micro-batches per step, to save memory; the result is the same.
+        seed: of weights, noise and data order.
+        device: cpu, cuda, cuda:1 or mps.
+        bf16: networks in bfloat16; weights stay float32.
+        log_every: steps between log entries.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        keep: checkpoints kept.
+        grid_every: steps between pictures of samples; 0 makes one at the end.
+        patience: non-finite updates in a row before training stops.
+        resume: goes on from the newest checkpoint in out, to the same result.
+        overwrite: deletes an earlier run in out.
+    """
+
+    out: Path | None = None
+    budget: str = "2000 steps"
+    batch: int = 256
+    micro: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    bf16: bool = False
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2
+    grid_every: int = 500
+    patience: int = 10
+    resume: bool = False
+    overwrite: bool = False
+
+    def options(self) -> dict[str, object]:
+        """The keyword arguments of :func:`fewstep.train.train` that these flags are."""
+        return {k: v for k, v in vars(self).items() if k != "out"}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a denoiser with EDM's objective and leaves a generator folder.
+
+    Attributes:
+        data: digits, stacked-digits, a folder of images, Parquet files, or an array.
+        resize: side that encoded images are resized to, in pixels.
+        network: unet or resmlp (for tiny pictures).
+        width: of a resmlp, or channels of a unet; a size that suits the pictures without one.
+        run_flags: how to run.
+        method: the objective.
+    """
+
+    data: str = "digits"
+    resize: int | None = None
+    network: Literal["unet", "resmlp"] = "unet"
+    width: int | None = None
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = field(default_factory=RunFlags)
+    method: Annotated[EDMTraining, tyro.conf.arg(name="")] = field(default_factory=EDMTraining)
+
+    def run(self) -> None:
+        """Runs the command."""
+        flags = self.run_flags
+        pictures = load_data(self.data, resize=self.resize)
+        console = Console(stderr=True)
+        console.print(f"{pictures.name}: {pictures.report}", highlight=False)
+        size = {} if self.width is None else {"channels" if self.network == "unet" else "width": self.width}
+        start = untrained(pictures, self.network, seed=flags.seed, **size)
+        out = flags.out or next_folder("train")
+        options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
+        train(start, self.method, pictures, out=out, **options)  # type: ignore[arg-type]
+        console.print(f"{out}: look at {out}/samples, try `fewstep sample {out}`", highlight=False)
+
+
+def clean(recipe: dict) -> dict:  # type: ignore[type-arg]
+    """A training recipe without what may differ between two runs of it: where it went and whether it resumed."""
+    inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in ("out", "resume", "overwrite")}
+    return {**recipe, "arguments": {**recipe["arguments"], "run_flags": inner}}
