@@ -185,6 +185,15 @@ def test_dtypes_and_shapes(dtype: torch.dtype) -> None:
     assert len(noise) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_uniforms_stay_below_one(dtype: torch.dtype) -> None:
+    x = Noise.of(3, 200).uniform((2000,), "u", dtype=dtype)
+    assert x.dtype == dtype
+    assert float(x.min()) >= 0
+    assert 0.99 < float(x.max()) < 1
+    assert abs(float(x.double().mean()) - 0.5) < 0.005
+
+
 def test_neighbours_are_independent() -> None:
     size = 8192
     seeds_apart = torch.cat([Noise.of(s, 1).normal((size,)) for s in range(40)])

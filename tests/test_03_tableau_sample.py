@@ -120,6 +120,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a ragged table": (broken(P=[[1.0, 0.0], [1.0], [1.0, 0.0]]), "rectangular lists of numbers"),
     "text in a table": (broken(W=[["a", 0.0]] * 3), "rectangular lists of numbers"),
     "null in a table": (broken(W=[[None, 0.0]] * 3), "rectangular lists of numbers"),
+    "meta that is no object": (broken(meta=5), "meta must be an object, got int"),
+    "a number beyond floats": (broken().replace("10.0", "9" * 400), "rectangular lists of numbers"),
+    "endless brackets": ("[" * 100_000, "not JSON"),
     "a flat table": (broken(P=[1.0, 1.0, 1.0]), r"P must be \(3, H\)"),
     "a short table": (broken(W=[[1.0, 0.0]]), r"W must be \(3, H\)"),
     "short levels": (broken(levels=[10.0, 0.1]), r"levels must be \(4,\)"),
@@ -159,7 +162,7 @@ def test_parts_of_a_single_step_solver_compose(table: Tableau, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", ["dpmpp2m", "dpmpp3m", "ipndm4", "hand-made"])
 def test_a_part_that_needs_earlier_rows_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match="row 0 needs the (point|denoiser output|noise) of row -1, before the start"):
+    with pytest.raises(InputError, match=r"row 0 needs the (point|denoiser output|noise) of row -1, before the start"):
         ALL[name][1:]
     assert ALL[name][:2].rows == 2
 
@@ -312,7 +315,7 @@ def test_no_more_tensors_live_than_the_table_says(solver: Callable[[Tensor], Tab
     assert table.live == live
     for run in (sample, trajectory):
         census = Census()
-        # The start belongs to the caller, who may keep it: it is not among the known once it is no longer needed.
+        # The start belongs to the caller, and is here kept alive to the end.
         x = torch.zeros(2, 3)
         if run is sample:
             sample(census, x, table, on_step=census.on_step)  # type: ignore[arg-type]
@@ -321,8 +324,8 @@ def test_no_more_tensors_live_than_the_table_says(solver: Callable[[Tensor], Tab
                 census.on_step(step)
                 del step
         assert live <= census.most <= live + 1, "one more than the table says: the start, which the caller holds"
+        # Without the start: a census that begins at the tenth call.
         late = Census()
-        late.most = 0
         calls = 0
 
         def D(x: Tensor, sigma: Any, cond: Any = None, late: Census = late) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.cond import Batch
-from fewstep.core.fit import build_models, example_order, fit
+from fewstep.core.fit import build_models, fit
 from fewstep.core.noise import Noise
 from fewstep.core.options import Budget, FitOptions, Report
 from fewstep.core.role import Ema, Models, Optim, Role, Update
-from fewstep.core.state import Run
+from fewstep.core.state import Run, load_tensors
 from fewstep.data.conditions import ConditionsOnly
 from fewstep.errors import InputError, NonFiniteError
-from tiny_runs import METHODS, bits, log_of, run
+from tiny_runs import METHODS, Stop, bits, log_of, run
 
 NOTHING = ConditionsOnly(None, size=32)
 
@@ -99,13 +100,21 @@ def test_budgets_are_read(text: Any, amount: float, unit: str) -> None:
     "text", ["", "0", 0, -5, "-5", "many", "5 parsecs", "1.2.3", ".", "5 5", "s", "nan", "inf", None, True, "2 K"]
 )
 def test_bad_budgets_are_refused(text: Any) -> None:
-    with pytest.raises(InputError, match="budget.*expected e.g. 2000 steps"):
+    with pytest.raises(InputError, match=r"budget.*expected e\.g\. 2000 steps"):
         Budget.parse(text)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch": 0}, {"micro": 0}, {"micro": 3}, {"log_every": 0}, {"patience": 0}, {"save_every": -1}, {"batch": 5, "micro": 2}],
+    [
+        {"batch": 0},
+        {"micro": 0},
+        {"batch": 8, "micro": 3},
+        {"log_every": 0},
+        {"patience": 0},
+        {"save_every": -1},
+        {"batch": 5, "micro": 2},
+    ],
 )
 def test_bad_options_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError):
@@ -130,14 +139,12 @@ def test_a_budget_of_seconds_stops_and_goes_on_counting(tmp_path: Path, monkeypa
         now += 0.5
         return now
 
-    monkeypatch.setattr("fewstep.core.fit.time.monotonic", tick)
+    monkeypatch.setattr("fewstep.core.fit.time", SimpleNamespace(monotonic=tick))
     run("SFD", tmp_path / "whole", budget="5s")
     assert log_of(tmp_path / "whole")[-1]["step"] == 10
     facts, _ = Run(tmp_path / "whole").latest()
     assert facts["seconds"] == 5
     # A kill leaves the checkpoint of step 6, with three seconds spent: two are left.
-    from tiny_runs import Stop
-
     with pytest.raises(Stop):
         run("SFD", tmp_path / "cut", budget="5s", stop=7)
     now = 900.0
@@ -190,19 +197,20 @@ def profile(ema: Ema, steps: int) -> Tensor:
     """The weight of each step's weights in the average after all of them, by the recursion of the loop."""
     weights = torch.zeros(steps, dtype=torch.float64)
     for t in range(steps):
-        weights *= ema.decay(t)
-        weights[t] += 1 - ema.decay(t)
+        decay = ema.decay(t)
+        weights *= decay
+        weights[t] += 1 - decay
     return weights
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
 def test_the_power_average_has_the_stated_profile_and_width(width: float) -> None:
-    steps = 3000
+    steps = 2000
     w, t = profile(Ema(power=width), steps), torch.arange(1, steps + 1, dtype=torch.float64)
     assert float(w.sum()) == pytest.approx(1, abs=1e-12)
     centre = (w * t).sum()
     assert float((w * (t - centre) ** 2).sum().sqrt()) / steps == pytest.approx(width, rel=5e-3)
-    gamma = float((w[2999] / w[1499]).log2())  # (t / T)^gamma between the middle and the end
+    gamma = float((w[1999] / w[999]).log2())  # (t / T)^gamma between the middle and the end
     ideal = (gamma + 1) * (t / steps) ** gamma / steps
     assert float((w - ideal).abs().max() / ideal.max()) < 0.01
 
@@ -210,7 +218,7 @@ def test_the_power_average_has_the_stated_profile_and_width(width: float) -> Non
 def test_the_constant_average_ramps_up() -> None:
     ema = Ema(rate=0.99)
     assert [ema.decay(i) for i in (0, 1, 90)] == [0.1, 2 / 11, 91 / 100]
-    assert ema.decay(980) == 981 / 990 > 0.99 - 1e-3 and ema.decay(10**6) == 0.99
+    assert ema.decay(880) == 881 / 890 < 0.99 and ema.decay(900) == ema.decay(10**6) == 0.99
     for bad in ({}, {"rate": 0.9, "power": 0.1}, {"rate": 1.0}, {"power": 0.3}, {"power": 0}):
         with pytest.raises(InputError):
             Ema(**bad)
@@ -269,23 +277,16 @@ def test_adams_state_is_untouched_by_a_skipped_update(tmp_path: Path) -> None:
     kept = Run(tmp_path, keep=9)
     models = build_models(method.roles(None), "cpu")
     list(fit(method, models, NOTHING, FitOptions(Budget(4), batch=4, save_every=1, micro=2), kept))
-    states = [torch.load_all(p) if False else bits_of(p) for p in kept.checkpoints()]
+    states = [checkpoint(p) for p in kept.checkpoints()]
     optim = [{k: v for k, v in s.items() if "optim" in k or k.startswith("roles/net:")} for s in states]
     assert all(torch.equal(optim[1][k], optim[2][k]) for k in optim[1])
     assert not any(torch.equal(optim[2][k], optim[3][k]) for k in optim[2])
     assert float(optim[3]["optim/net:weight/step"]) == 3
 
 
-def bits_of(folder: Path) -> dict[str, Tensor]:
-    found = Run(folder.parents[1])
-    from fewstep.core.state import load_tensors
-
-    assert found.folder == folder.parents[1]
-    return {
-        f"{f.relative_to(folder).with_suffix('')}:{k}": t
-        for f in folder.rglob("*.safetensors")
-        for k, t in load_tensors(f).items()
-    }
+def checkpoint(folder: Path) -> dict[str, Tensor]:
+    files = folder.rglob("*.safetensors")
+    return {f"{f.relative_to(folder).with_suffix('')}:{k}": t for f in files for k, t in load_tensors(f).items()}
 
 
 def test_too_many_in_a_row_stop_training() -> None:

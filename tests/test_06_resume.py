@@ -260,9 +260,10 @@ def test_a_full_disk_is_an_input_error_and_costs_no_checkpoint(
     with pytest.raises(Stop):
         run("SFD", tmp_path, stop=4)
     before = fingerprint(tmp_path / "checkpoints")
-    left = 3
+    where = os if call == "fsync" else state
+    real, left = getattr(where, call), 0
 
-    def full(*args: Any, real: Callable[..., Any] = getattr(os, call, None) or getattr(state, call)) -> Any:
+    def full(*args: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
@@ -270,7 +271,7 @@ def test_a_full_disk_is_an_input_error_and_costs_no_checkpoint(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os if call == "fsync" else state, call, full)
+        patch.setattr(where, call, full)
         left = 3 if call == "fsync" else 1  # fsync: recipe, log, one file of the checkpoint
         with pytest.raises(InputError, match=r"cannot write.*No space left on device") as error:
             run("SFD", tmp_path, resume=True)

@@ -233,8 +233,11 @@ def test_styles_belong_to_names(results: Results) -> None:
     assert looks["teacher"].colour == plots.INK and len(set(looks.values())) == 5
     many = Results("t", [], "d", [row(f"s{i}", "student", 1, 0.3) for i in range(50)])
     many.trajectories = [Trajectories("s3, 4 evaluations", [1.0], torch.zeros(1, 1, 1))]
+    many.trajectories.append(Trajectories("converged", [1.0], torch.zeros(1, 1, 1)))
+    many.curves = {"S3": []}
     looks = plots.styles(many)
-    assert looks["s3, 4 evaluations"] == looks["s3"] and len(set(looks.values())) == 50
+    assert looks.pop("converged").colour == plots.INK and looks["S3"] == looks["s3, 4 evaluations"] == looks["s3"]
+    assert len(set(looks.values())) == 50
 
 
 def test_colours_read_on_white_and_on_black() -> None:

@@ -38,7 +38,7 @@ def tiny_data() -> Images:
 
 
 def tiny(network: str = "resmlp", **size: Any) -> Generator:
-    """A class-conditional generator of 4x4 pictures whose last layer is not zero, so that every weight has a gradient."""
+    """A class-conditional generator of 4x4 pictures; its last layer is not zero, so every weight has a gradient."""
     size = size or {"width": 16, "embedding": 8, "blocks": 1}
     made = untrained(tiny_data(), network, **size)
     g = torch.Generator().manual_seed(1)

@@ -81,8 +81,10 @@ class Noise:
 
     def uniform(self, shape: Sequence[int], *key: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) in [0, 1)."""
-        bits = self.bits(math.prod(shape), *key) >> 40 & ((1 << 24) - 1)
-        return (bits.to(dtype) * 2.0**-24).reshape(len(self), *shape)
+        # As many bits as the dtype holds exactly: rounding would reach 1, and 2^24 is infinite in half precision.
+        digits = min(24, 1 - int(math.log2(torch.finfo(dtype).eps)))
+        bits = self.bits(math.prod(shape), *key) >> (64 - digits) & ((1 << digits) - 1)
+        return (bits.to(dtype) * 2.0**-digits).reshape(len(self), *shape)
 
     def normal(self, shape: Sequence[int], *key: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) standard normal, by Box and Muller: each 64-bit word gives two numbers."""

@@ -141,24 +141,27 @@ class Tableau:
     def plan(self) -> tuple[Row, ...]:
         """The rows with absolute indices and, from a liveness analysis, what each row is the last to need."""
         terms = {key: [_terms(getattr(self, key), k) for k in range(self.rows)] for key in ("P", "W", "Z")}
-        calls = [k for k, s in enumerate(self.sigmas.tolist()) if not math.isnan(s)]
-        drawn = sorted({i for row in terms["Z"] for i, _ in row})
-        last_point = {i: k for k in range(self.rows) for i, _ in terms["P"][k]}
-        last_point = {i: max(last_point.get(i, -1), i) for i in range(self.rows)}
-        last_output = {i: max([k for k in range(i, self.rows) if any(j == i for j, _ in terms["W"][k])] or [i]) for i in calls}
-        last_noise = {i: max(k for k in range(i, self.rows) if any(j == i for j, _ in terms["Z"][k])) for i in drawn}
+        called = [k for k, s in enumerate(self.sigmas.tolist()) if not math.isnan(s)]
+        # The last row to need each point, output and noise; later rows overwrite earlier ones.
+        last = {"P": {k: k for k in range(self.rows)}, "W": {k: k for k in called}, "Z": dict[int, int]()}
+        drop: dict[str, list[list[int]]] = {key: [[] for _ in range(self.rows)] for key in last}
+        for key, ends in last.items():
+            for k, row in enumerate(terms[key]):
+                ends.update((i, k) for i, _ in row)
+            for i, end in ends.items():
+                drop[key][end].append(i)
         return tuple(
             Row(
-                sigma=None if k not in last_output else self.sigmas[k],
+                sigma=None if k not in last["W"] else self.sigmas[k],
                 level=float(self.levels[k]),
                 points=terms["P"][k],
                 outputs=terms["W"][k],
                 noises=terms["Z"][k],
-                drop_points=tuple(i for i, end in last_point.items() if end == k),
-                drop_outputs=tuple(i for i, end in last_output.items() if end == k),
-                drop_noises=tuple(i for i, end in last_noise.items() if end == k),
+                drop_points=tuple(drop["P"][k]),
+                drop_outputs=tuple(drop["W"][k]),
+                drop_noises=tuple(drop["Z"][k]),
                 keep=k + 1 < self.rows,
-                draw=k in last_noise,
+                draw=k in last["Z"],
             )
             for k in range(self.rows)
         )
@@ -211,7 +214,7 @@ class Tableau:
         """
         try:
             body = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"not a tableau: the text is not JSON ({error})") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             found = body.get("format") if isinstance(body, dict) else type(body).__name__
@@ -220,10 +223,12 @@ class Tableau:
         if set(body) != expected:
             missing, extra = sorted(expected - set(body)), sorted(set(body) - expected)
             raise InputError(f"a tableau file has the keys {sorted(expected)}: missing {missing}, unknown {extra}")
+        if not isinstance(body["meta"], dict):
+            raise InputError(f"a tableau's meta must be an object, got {type(body['meta']).__name__}")
         try:
             tables = {key: torch.tensor(body[key], dtype=torch.float64) for key in ("levels", "P", "W", "Z")}
             sigmas = [math.nan if s is None else float(s) for s in body["sigmas"]]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"a tableau's tables must be rectangular lists of numbers: {error}") from None
         return cls(torch.tensor(sigmas, dtype=torch.float64), **tables, name=str(body["name"]), meta=body["meta"])
 

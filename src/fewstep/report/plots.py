@@ -48,7 +48,7 @@ def styles(results: Results) -> dict[str, Style]:
     found: dict[str, Style] = {}
     k = 0
     for name in dict.fromkeys(names):
-        if name in teachers or (name not in found and name.lower().startswith("teacher")):
+        if name in teachers or (name not in found and name.lower().startswith(("teacher", "converged"))):
             found[name] = Style(INK, "*", "★")
         else:
             found[name] = Style(PALETTE[k % len(PALETTE)], *MARKERS[k % len(MARKERS)])
@@ -60,8 +60,9 @@ def styles(results: Results) -> dict[str, Style]:
 
 
 def _owner(name: str, names: list[str]) -> str | None:
-    """The row that a trajectory or a curve belongs to: "euler" for "euler, 4 evaluations"."""
-    near = [n for n in names if name == n or (name.startswith(n) and name[len(n)] in " ,(@:")]
+    """The row that a trajectory or a curve belongs to: "euler" for "euler, 4 evaluations", "SiD" for "sid"."""
+    own = name.lower() + " "
+    near = [n for n in names if own.startswith(n.lower()) and own[len(n)] in " ,(@:"]
     return max(near, key=len, default=None)
 
 
