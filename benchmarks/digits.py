@@ -33,7 +33,8 @@ from fewstep.report.rows import converged, measure_sampler
 from fewstep.solve import build
 from fewstep.train import EDMTraining, train, untrained
 
-SOLVERS = ("euler", "dpmpp2m", "dpmpp3m", "ipndm2", "ipndm3", "ipndm4")
+SOLVERS = ("euler", "dpmpp2m", "ipndm3", "ipndm4")
+SFD_OPTIM = Optim(lr=1e-3, decay="drop", clip=1.0)
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Digits:
     """
 
     network: str = "resmlp"
-    steps: int = 1500
+    steps: int = 2500
     batch: int = 256
     samples: int = 4000
     seeds: tuple[int, ...] = (11, 12)
-    nfes: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    nfes: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     sid_steps: int = 300
     sfd_steps: int = 300
-    sfd_nfes: tuple[int, ...] = (1, 2, 4)
+    sfd_nfes: tuple[int, ...] = (1, 2, 3)
     out: Path = Path("runs/bench-digits")
     results: Path = Path("benchmarks/results")
 
@@ -114,7 +115,13 @@ def make_teacher(flags: Digits, data: Data) -> Generator:
     method = EDMTraining(optim=Optim(lr=3e-3, warmup=100, decay="cosine", clip=1.0), ema=Ema(power=0.08))
     out = flags.out / f"teacher-{flags.network}"
     return train(
-        untrained(data, flags.network), method, data, out=out, budget=flags.steps, batch=flags.batch, overwrite=out.exists()
+        untrained(data, flags.network),
+        method,
+        data,
+        out=out,
+        budget=flags.steps,
+        batch=flags.batch,
+        overwrite=out.exists(),
     )
 
 
@@ -122,15 +129,18 @@ def students(flags: Digits, teacher: Generator, timed: Any) -> Any:
     """The distilled generators, one after the other."""
     if flags.sid_steps:
         out = flags.out / f"sid-{flags.network}"
-        made = distill(
-            teacher, DEMO_SID, out=out, budget=flags.sid_steps, batch=flags.batch, overwrite=out.exists()
-        )
+        made = distill(teacher, DEMO_SID, out=out, budget=flags.sid_steps, batch=flags.batch, overwrite=out.exists())
         timed("SiD training")
         yield made, "SiD"
     for steps in flags.sfd_nfes if flags.sfd_steps else ():
         out = flags.out / f"sfd-{steps}-{flags.network}"
         made = distill(
-            teacher, SFD(steps=steps), out=out, budget=flags.sfd_steps, batch=flags.batch, overwrite=out.exists()
+            teacher,
+            SFD(steps=steps, optim=SFD_OPTIM),
+            out=out,
+            budget=flags.sfd_steps,
+            batch=flags.batch,
+            overwrite=out.exists(),
         )
         timed(f"SFD {steps} training")
         yield made, "SFD"

@@ -84,7 +84,9 @@ def main(flags: Exact) -> None:
                 continue
             for kind in ("karras", "logsnr", "vp_time"):
                 levels = grid(kind, nfe // 2 if name == "heun" else nfe, 0.002, 80.0, to_zero=False)
-                rows.append({"name": name, "grid": kind, "nfe": nfe, "rmse": rmse(problem, x, truth, build(name, levels))})
+                rows.append(
+                    {"name": name, "grid": kind, "nfe": nfe, "rmse": rmse(problem, x, truth, build(name, levels))}
+                )
         for seed in flags.seeds:
             clock = time.perf_counter()
             table = calibrate(problem, nfe=nfe, trajectories=flags.trajectories, seed=seed)
@@ -92,14 +94,18 @@ def main(flags: Exact) -> None:
             found = rmse(problem, x, truth, table)
             row = {"name": "calibrated", "grid": "chosen", "nfe": nfe, "rmse": found, "seed": seed}
             rows.append({**row, "ratio_to_best_peer": found / BEST_PEER[nfe], "seconds": round(seconds, 1)})
-    ratios = {n: [r["ratio_to_best_peer"] for r in rows if r["name"] == "calibrated" and r["nfe"] == n] for n in flags.nfes}
+    ratios = {
+        n: [r["ratio_to_best_peer"] for r in rows if r["name"] == "calibrated" and r["nfe"] == n] for n in flags.nfes
+    }
     means = {n: sum(v) / len(v) for n, v in ratios.items()}
     body = {
         "benchmark": "exact",
         "truth_error_estimate": drift,
         "best_peer": BEST_PEER,
         "mean_ratio_to_best_peer": means,
-        "geometric_mean_4_to_10": math.exp(sum(math.log(means[n]) for n in means if n >= 4) / sum(n >= 4 for n in means)),
+        "geometric_mean_4_to_10": math.exp(
+            sum(math.log(means[n]) for n in means if n >= 4) / sum(n >= 4 for n in means)
+        ),
         "rows": rows,
     }
     write_text(flags.results / "exact.json", json.dumps(body, indent=1) + "\n")

@@ -279,12 +279,12 @@ def test_a_half_precision_network_is_combined_in_float32() -> None:
     net = Recorder(torch.bfloat16)
     D = Precond(net, SHAPE, path=FLOW, predicts="velocity")
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(2))
-    found = D(x, 3.0)
+    found = D(x, 3.0).detach()
     assert net.seen[0].dtype == net.out.dtype == torch.bfloat16
     assert net.seen[1].dtype == found.dtype == torch.float32
     # x0 = x_u - t v with t = 3/4, x_u = x/4.
-    wide = 0.25 * x - 0.75 * net.out.float()
-    narrow = (0.25 * x).bfloat16() - 0.75 * net.out
+    wide = 0.25 * x - 0.75 * net.out.detach().float()
+    narrow = (0.25 * x).bfloat16() - 0.75 * net.out.detach()
     assert float((found - wide).abs().max()) < 1e-6
     assert float((narrow.float() - wide).abs().max()) > 1e-3
     assert D(x.half(), 3.0).dtype == D(x.bfloat16(), 3.0).dtype == torch.float32

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import InputError
+from fewstep import InputError, Mixture, calibrate, trajectory
 from fewstep.grid import GRIDS, flow_shift, grid, karras, logsnr, vp_time
+from fewstep.solve import check_grid, euler
 
 RANGES = [(0.002, 80.0), (0.03, 14.6), (0.002, 1e8)]
 
@@ -70,6 +71,32 @@ def test_karras_tends_to_logsnr() -> None:
     many, limit = karras(9, 0.002, 80.0, rho=1e6), logsnr(9, 0.002, 80.0)
     assert float((many[:-1] / limit[:-1] - 1).abs().max()) < 1e-4
     assert float((karras(9, 0.002, 80.0)[:-1] / limit[:-1] - 1).abs().max()) > 0.1
+
+
+def test_a_list_of_levels_keeps_its_digits() -> None:
+    levels = [80.0, 1.1, 0.7]
+    assert check_grid(levels).tolist() == levels  # type: ignore[arg-type]
+    assert euler(levels).levels.tolist() == levels  # type: ignore[arg-type]
+    fitted = calibrate(two_modes(), sigmas=levels, trajectories=8)
+    assert fitted.levels.tolist() == levels
+
+
+def two_modes() -> Mixture:
+    return Mixture(torch.tensor([[0.5, -0.5, 1.0], [0.1, 0.9, 0.0]]), 0.1, sigma_min=0.5)
+
+
+@pytest.mark.parametrize("levels", [[80.0, 2.0, 0.5], [80.0, 2.0, 0.5, 0.0], [80.0, 4.0, 2.0, 0.7]])
+def test_a_calibrated_table_steps_through_the_given_levels(levels: list[float]) -> None:
+    """Also where they end above 0, or have the denoiser's lowest level before 0."""
+    D = two_modes()
+    table = calibrate(D, sigmas=levels, trajectories=64, ridge=1e-6)
+    assert table.levels.tolist() == levels
+    assert table.nfe == len(levels) - 1
+    x = 80 * torch.randn(64, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    last = [step for step in trajectory(D, x, table) if step.level > 0][-1]
+    true = D.flow(x, 80.0, last.level, 200)
+    assert float((last.point - true).square().mean().sqrt()) < 0.1
+    assert float((D(true, last.level) - true).square().mean().sqrt()) > 0.2
 
 
 @pytest.mark.parametrize(

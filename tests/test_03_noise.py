@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -134,8 +135,9 @@ print(json.dumps([n.bits(3, "start", 4).tolist(), n.normal((2,), "x").double().t
 def test_every_process_draws_the_same() -> None:
     runs = []
     for salt in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": salt}
         done = subprocess.run(
-            [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": salt}
+            [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True, env=environment
         )
         runs.append(json.loads(done.stdout))
     assert runs[0][2] != runs[1][2]

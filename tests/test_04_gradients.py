@@ -95,7 +95,7 @@ def test_equal_scores_give_zero(alpha: float) -> None:
     x = torch.randn(5, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     out = sid_loss(x, 0.3 * x + x**2, 0.3 * x + x**2, alpha)
     out["loss"].backward()
-    assert float(out["loss"]) == 0 and float(out["fisher"]) == 0
+    assert float(out["loss"].detach()) == 0 and float(out["fisher"]) == 0
     # Two equal graphs of opposite sign: what is left is the rounding of their sum.
     assert float(x.grad.abs().max()) < 1e-15
 
@@ -345,6 +345,22 @@ def test_the_loss_of_a_step_does_not_reach_earlier_steps() -> None:
         assert reached.tolist() == [i == k for i in range(4)]
         m.student.slopes.grad = None
         m.student.requires_grad_(False)
+
+
+def test_every_step_starts_where_the_student_itself_arrived() -> None:
+    method = SFD(steps=3, between=1)
+    m, levels, seen = sfd_models(method, 80.0), method.levels(80.0)[0], []
+    m.student.slopes.data *= 0.5
+    m.student.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    for update in method.step(m, Batch(None, {}), 0, Noise.of(0, 32)):
+        update.loss()
+    x = 80.0 * Noise.of(0, 32).normal((1,), "start")
+    for k in range(3):
+        calls = seen[2 * k : 2 * k + 2]  # for the loss and, but for the last step, for moving on
+        assert all(float((s - x).abs().max()) < 1e-5 * float(x.abs().max()) for s in calls), k
+        ratio = float(levels[k + 1] / levels[k])
+        x = ratio * x + (1 - ratio) * m.student.slopes[k] * x
+    assert len(seen) == 5
 
 
 def test_an_affine_student_learns_the_exact_slope_of_every_step() -> None:

@@ -126,15 +126,15 @@ def test_two_processes_train_what_one_trains(name: str, pair: Path) -> None:
     single = pair / "single" / ("SiD" if name == "resumed" else name)
     one, two = bits(single), bits(pair / name)
     assert any(".ema." in k for k in one)
-    for part, most in (("roles/", 1e-6), ("student", 1e-6), ("optim/", 1e-5)):
+    for part, most in (("roles/", 1e-6), ("optim/", 1e-5)):
         far, where = furthest(*({k: v for k, v in t.items() if part in k.split(":")[0]} for t in (one, two)))
-        assert far < most or "optim/" in where, (far, where)
+        assert far < most, (far, where)
     for a, b in zip(log_of(single), log_of(pair / name), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    start = load_tensors(next((single / "checkpoints/00000002").rglob("roles/student.safetensors")))
-    assert min(
-        float((start[k] - one[f"checkpoints/00000004/roles/student.safetensors:{k}"]).abs().max()) for k in start
-    )
+    shipped = [load_tensors(folder / "student.safetensors") for folder in (single, pair / name)]
+    assert furthest(*shipped)[0] < 1e-6
+    middle, end = (load_tensors(single / f"checkpoints/0000000{i}/roles/student.safetensors") for i in (2, 4))
+    assert min(float((middle[k] - end[k]).abs().max()) for k in end) > 2e-6, "more than what is tolerated"
 
 
 @pytest.mark.parametrize("name", [*METHODS, "resumed"])
@@ -155,9 +155,7 @@ def test_random_networks_are_the_same_everywhere(pair: Path) -> None:
     for k in first:
         assert torch.equal(first[k], second[k]), k
     torch.manual_seed(1)
-    assert not torch.equal(first["random.0.weight"], nn.Linear(3, 3).weight), (
-        "seeds differed, the first one's was taken"
-    )
+    assert not torch.equal(first["random.0.weight"], nn.Linear(3, 3).weight), "of the first process"
     assert torch.equal(first["random.0.weight"], first["average.0.weight"])
     assert torch.equal(first["random.1.random"], first["average.1.random"])
 
@@ -175,7 +173,7 @@ def test_a_failure_on_one_process_is_skipped_on_both(pair: Path) -> None:
     for rank in (0, 1):
         left = load_tensors(pair / f"primitives-{rank}.safetensors")
         assert left["skipped"].tolist() == [0, 1, 1]
-        assert left["net"].isfinite().all() and float(left["moved"].min()) > 0.1
+        assert left["net"].isfinite().all() and float(left["moved"].min()) > 0.01
 
 
 def test_a_batch_that_does_not_divide_is_refused(pair: Path) -> None:

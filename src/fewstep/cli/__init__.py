@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, NonFiniteError) as error:
         sys.stderr.write(f"fewstep: {' '.join(str(error).split())}\n")
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:
+        os._exit(0)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"fewstep: {name}{error.strerror or error}\n")
@@ -50,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("fewstep: stopped; a run with checkpoints goes on with --resume\n")
         sys.exit(130)
-    except BrokenPipeError:
-        os._exit(0)
 
 
 def run(argv: list[str]) -> None:

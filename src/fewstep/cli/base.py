@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -76,12 +77,15 @@ class SamplerFlags:
             table = Tableau.from_json(path.read_text())
         except UnicodeDecodeError:
             raise InputError(f"{path} is not a tableau: it is not text") from None
-        made_for = table.meta.get("calibration", {}).get("fingerprint")
+        facts = table.meta.get("calibration", {})
+        made_for = facts.get("fingerprint") if isinstance(facts, dict) else None
         if not self.force and made_for not in (None, generator.fingerprint()):
             raise InputError(f"{path} was fitted to another generator ({made_for}): calibrate anew, or pass --force")
         if not self.force and table.start > 1.01 * generator.denoiser.sigma_max:
             top = generator.denoiser.sigma_max
-            raise InputError(f"{path} starts at sigma {table.start:g}, the generator ends at {top:g}: pass --force to run it")
+            raise InputError(
+                f"{path} starts at sigma {table.start:g}, the generator ends at {top:g}: pass --force to run it"
+            )
         return table.name, table
 
 
@@ -124,7 +128,10 @@ def from_json(kind: Any, value: Any, where: str = "recipe") -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parts:
             return None
-        return from_json(next(p for p in parts if p is not type(None)), value, where)
+        for part in (p for p in parts if p is not type(None)):
+            with contextlib.suppress(InputError):
+                return from_json(part, value, where)
+        raise InputError(f"{where}: {value!r} is none of {', '.join(str(getattr(p, '__name__', p)) for p in parts)}")
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected an object, got {value!r}")
@@ -133,9 +140,24 @@ def from_json(kind: Any, value: Any, where: str = "recipe") -> Any:
         if set(value) - names:
             raise InputError(f"{where}: unknown fields {sorted(set(value) - names)}, expected some of {sorted(names)}")
         made = {k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-        return kind(**made)  # type: ignore[operator]
-    if kind is Path:
-        return Path(value)
+        try:
+            return kind(**made)  # type: ignore[operator]
+        except TypeError as error:
+            raise InputError(f"{where}: {str(error).partition('() ')[2] or error}") from None
+    if origin is typing.Literal:
+        expected, fits = f"one of {parts}", value in parts
+    elif origin is tuple:
+        expected, fits = "a list", isinstance(value, list)
+    else:
+        # bool is an int to Python, but not to a reader of the file.
+        kinds: Any = {Path: str, float: (int, float)}.get(kind, kind)
+        expected, fits = kind.__name__, isinstance(value, kinds) and (kind is bool) == isinstance(value, bool)
+    if not fits:
+        raise InputError(f"{where}: expected {expected}, got {value!r}")
     if origin is tuple:
-        return tuple(value)
-    return value
+        # (int, ...) is as long as the list; (float, float) is not.
+        each = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(each) != len(value):
+            raise InputError(f"{where}: expected {len(each)} values, got {value!r}")
+        return tuple(from_json(p, v, where) for p, v in zip(each, value, strict=True))
+    return Path(value) if kind is Path else value

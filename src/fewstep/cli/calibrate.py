@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,8 +16,9 @@ from fewstep.core.generator import Generator, load
 from fewstep.core.noise import Noise
 from fewstep.core.state import Run, write_bytes, write_text
 from fewstep.core.tableau import Tableau
-from fewstep.errors import InputError
+from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
+from fewstep.solve.calibrate import _check as check
 from fewstep.solve.calibrate import calibrate
 
 
@@ -56,10 +57,15 @@ class Calibrate:
         made = load(self.generator, device=self.device)
         D = made.denoiser
         if self.grid != "chosen" and self.grid not in GRIDS:
-            raise InputError(f"unknown grid {self.grid!r}: choose chosen, {', '.join(sorted(GRIDS))}")
-        where = {"nfe": self.nfe} if self.grid == "chosen" else {
-            "sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)
-        }
+            raise unknown("grid", self.grid, ("chosen", *GRIDS))
+        if self.batch < 1 or self.searches < 0:
+            raise InputError(f"--batch must be at least 1 and --searches 0, got {self.batch} and {self.searches}")
+        where: dict[str, Any] = (
+            {"nfe": self.nfe}
+            if self.grid == "chosen"
+            else {"sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)}
+        )
+        check(where.get("nfe"), where.get("sigmas"), self.trajectories, self.ridge)
         out = self.out or next_folder("calibrate")
         run = Run.open(out, recipe_of("calibrate", self), overwrite=self.overwrite)
         table = calibrate_generator(

@@ -17,7 +17,7 @@ from fewstep.data import load_data
 from fewstep.errors import InputError, unknown
 from fewstep.measure import METRICS
 from fewstep.report.pictures import save_grid
-from fewstep.report.rows import converged, measure_sampler
+from fewstep.report.rows import check_metrics, converged, measure_sampler
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class Evaluate:
         for name in () if isinstance(wanted, str) else wanted:
             if name not in METRICS:
                 raise unknown("metric", name, METRICS)
-        if self.n < 1:
-            raise InputError(f"--n must be at least 1, got {self.n}")
+        if self.n < 1 or self.batch < 1:
+            raise InputError(f"--n and --batch must be at least 1, got {self.n} and {self.batch}")
         made = load(self.generator, device=self.device)
         label, sampler = self.flags.resolve(made)
         pictures = load_data(self.data, resize=self.resize)
         if pictures.shape != tuple(made.denoiser.shape):
             raise InputError(f"the generator makes {tuple(made.denoiser.shape)} and {self.data} has {pictures.shape}")
+        check_metrics(made, pictures, wanted, self.n)
         run = Run.open(self.out or next_folder("evaluate"), recipe_of("evaluate", self), overwrite=self.overwrite)
         ends = converged(made, self.n, seed=self.seed, batch=self.batch) if self.paired else None
         row = measure_sampler(

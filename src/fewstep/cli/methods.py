@@ -53,7 +53,16 @@ def purpose(method: type) -> str:
 def card(name: str) -> str:
     """Purpose, settings and defaults of a method as Markdown."""
     method = METHODS[name]
-    lines = [f"## {name}", "", purpose(method), "", inspect.getdoc(method) or "", "", "| setting | default |", "|---|---|"]
+    lines = [
+        f"## {name}",
+        "",
+        purpose(method),
+        "",
+        inspect.getdoc(method) or "",
+        "",
+        "| setting | default |",
+        "|---|---|",
+    ]
     lines += [f"| `{key}` | `{value}` |" for key, value in asdict(method()).items()]
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from rich.console import Console
 
 from fewstep.cli.base import SamplerFlags, next_folder, recipe_of
 from fewstep.core.generator import load
-from fewstep.core.state import Run
+from fewstep.core.noise import Noise
+from fewstep.core.state import Run, write_bytes
 from fewstep.errors import InputError
 from fewstep.measure.files import write_npz
 from fewstep.report.pictures import save_grid
@@ -54,8 +57,10 @@ class Sample:
         name, sampler = self.flags.resolve(made)
         if self.n < 1:
             raise InputError(f"--n must be at least 1, got {self.n}")
+        if self.batch < 1:
+            raise InputError(f"--batch must be at least 1, got {self.batch}")
         cond = None if self.label is None else {"label": torch.full((self.n,), self.label)}
-        made.conditions(self.n, cond, _nothing(self.n))
+        made.conditions(cond, Noise.of(self.seed, 1))
         out = self.out or next_folder("sample")
         run = Run.open(out, recipe_of("sample", self), overwrite=self.overwrite)
         clock = time.perf_counter()
@@ -65,13 +70,15 @@ class Sample:
         write_npz(run.folder / "samples.npz", {"arr_0": np.asarray(pictures)})
         if self.png:
             for i, picture in enumerate(pictures):
-                save_grid(picture[None], run.folder / "png" / f"{i:06d}.png")
+                write_bytes(run.folder / "png" / f"{i:06d}.png", encoded(picture))
         run.log({"step": 0, "sampler": name, "nfe": sampler.nfe, "seconds": seconds, "images": self.n})
         told = f"{run.folder}/samples.png: {self.n} pictures, {name}, {sampler.nfe} evaluations each, {seconds:.2f} s"
         Console(stderr=True).print(told, highlight=False)
 
 
-def _nothing(n: int):  # type: ignore[no-untyped-def]
-    from fewstep.core.noise import Noise
-
-    return Noise.of(0, n)
+def encoded(picture: torch.Tensor) -> bytes:
+    """One (C, H, W) picture in [-1, 1] as a PNG of its own size, grey or in colour."""
+    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    held = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(held, "PNG")
+    return held.getvalue()

@@ -33,7 +33,11 @@ class Show:
         """Runs the command."""
         console = Console()
         if self.path.is_file():
-            self._tableau(console, Tableau.from_json(self.path.read_text()))
+            try:
+                table = Tableau.from_json(self.path.read_text())
+            except UnicodeDecodeError:
+                raise InputError(f"{self.path} is not a tableau: it is not text") from None
+            self._tableau(console, table)
         elif (self.path / CONFIG).is_file():
             self._generator(console, Generator.load(self.path))
         elif (self.path / "tableau.json").is_file():
@@ -63,7 +67,9 @@ class Show:
         D = made.denoiser
         count = sum(p.numel() for p in D.parameters())  # type: ignore[attr-defined]
         console.print(f"{self.path}: {tuple(D.shape)} pictures, {count:,} parameters, fingerprint {made.fingerprint()}")
-        console.print(f"noise levels {D.sigma_min:g} to {D.sigma_max:g}, classes {made.conds or 'none'}", highlight=False)
+        console.print(
+            f"noise levels {D.sigma_min:g} to {D.sigma_max:g}, classes {made.conds or 'none'}", highlight=False
+        )
         if isinstance(made.sampler, Tableau):
             self._tableau(console, made.sampler)
         console.print_json(json.dumps(made.card))

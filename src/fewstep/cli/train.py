@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from fewstep.cli.base import next_folder, recipe_of
 from fewstep.data import load_data
+from fewstep.errors import InputError
 from fewstep.train import EDMTraining, train, untrained
 
 
@@ -78,18 +79,20 @@ class Train:
     def run(self) -> None:
         """Runs the command."""
         flags = self.run_flags
+        if self.width is not None and self.width < 1:
+            raise InputError(f"--width must be at least 1, got {self.width}")
         pictures = load_data(self.data, resize=self.resize)
-        console = Console(stderr=True)
-        console.print(f"{pictures.name}: {pictures.report}", highlight=False)
+        # Not on stderr, where bad input is told on a line of its own.
+        Console().print(f"{pictures.name}: {pictures.report}", highlight=False)
         size = {} if self.width is None else {"channels" if self.network == "unet" else "width": self.width}
         start = untrained(pictures, self.network, seed=flags.seed, **size)
         out = flags.out or next_folder("train")
         options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
         train(start, self.method, pictures, out=out, **options)  # type: ignore[arg-type]
-        console.print(f"{out}: look at {out}/samples, try `fewstep sample {out}`", highlight=False)
+        Console(stderr=True).print(f"{out}: look at {out}/samples, try `fewstep sample {out}`", highlight=False)
 
 
-def clean(recipe: dict) -> dict:  # type: ignore[type-arg]
+def clean(recipe: dict[str, Any]) -> dict[str, Any]:
     """A training recipe without what may differ between two runs of it: where it went and whether it resumed."""
     inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in ("out", "resume", "overwrite")}
     return {**recipe, "arguments": {**recipe["arguments"], "run_flags": inner}}

@@ -20,7 +20,7 @@ Cond = Mapping[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Training material: pictures ``x`` (B, C, H, W) in [-1, 1], or None where a method needs no data, and conditions."""
+    """Training material: pictures ``x`` (B, C, H, W) in [-1, 1], None where a method needs none, and conditions."""
 
     x: Tensor | None
     cond: dict[str, Tensor]

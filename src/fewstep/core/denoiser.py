@@ -81,7 +81,7 @@ class Precond(nn.Module):
         self.taps = dict(taps if taps is not None else getattr(net, "taps", {}))
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """See :class:`Denoiser`. The algebra runs in the dtype of ``x``, float32 or wider, whatever the network's is."""
+        """See :class:`Denoiser`. The algebra runs in the dtype of ``x``, float32 or wider."""
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         sigma = as64(sigma)
         u = self.path.at(sigma)

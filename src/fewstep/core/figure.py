@@ -30,9 +30,7 @@ def tableau_figure(tableau: Tableau) -> Figure:
     limit = max(float(torch.stack([tableau.P.abs().max(), tableau.W.abs().max()]).max()), 1e-3)
     for axis, key in zip(axes, shown, strict=True):
         table = getattr(tableau, key)
-        image = axis.imshow(
-            table.numpy(), cmap="RdBu_r", norm=SymLogNorm(0.01, vmin=-limit, vmax=limit), aspect="auto"
-        )
+        image = axis.imshow(table.numpy(), cmap="RdBu_r", norm=SymLogNorm(0.01, vmin=-limit, vmax=limit), aspect="auto")
         for k in range(rows):
             for j in range(min(k + 1, table.shape[1])):
                 w = float(table[k, j])

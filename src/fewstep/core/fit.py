@@ -1,4 +1,4 @@
-"""The one training loop. It owns optimizers, freezing, precision, accumulation, averages and saving; no method's name."""
+"""The one training loop: it owns optimizers, freezing, precision, accumulation, averages and saving."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class _Loop:
         """Reduces, clips and applies one role's gradients, unless they are not finite; then moves its average."""
         network, optimizer, role = self.m.networks[name], self.optimizers[name], self.m.roles[name]
         assert role.optim is not None
-        parameters = [p for p in network.parameters()]
+        parameters = list(network.parameters())
         distributed.average_gradients(parameters)
         used = [p for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
@@ -189,7 +189,7 @@ class _Loop:
             decay = role.ema.decay(self.updates[name])
             average = self.m.averages[name]
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+                torch._foreach_lerp_([*average.parameters()], [*parameters], 1 - decay)
                 for kept, new in zip(average.buffers(), network.buffers(), strict=True):
                     kept.copy_(new)
         self.updates[name] += 1
@@ -250,7 +250,9 @@ class _Loop:
         kept = [*self.optimizers, *(f"{name}.ema" for name in self.m.averages if name in self.optimizers)]
         for needed in [f"roles/{name}" for name in kept] + [f"optim/{name}" for name in self.optimizers]:
             if needed not in groups:
-                raise InputError(f"{place} has no {needed}.safetensors: remove this checkpoint to resume from an older one")
+                raise InputError(
+                    f"{place} has no {needed}.safetensors: remove this checkpoint to resume from an older one"
+                )
         for name, optimizer in self.optimizers.items():
             network: nn.Module = self.m.networks[name]
             load_weights(network, groups[f"roles/{name}"], place)

@@ -67,7 +67,7 @@ class Generator:
             self.denoiser.to(check_device(device))
         return self
 
-    def conditions(self, n: int | None, cond: Cond | None, noise: Noise) -> dict[str, Tensor]:
+    def conditions(self, cond: Cond | None, noise: Noise) -> dict[str, Tensor]:
         """The conditions of the samples of ``noise``: those given, checked, or drawn by each sample's own seed."""
         device = noise.seeds.device
         if not cond:
@@ -101,7 +101,7 @@ class Generator:
         if batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         noise = Noise.of(seed, count, self.device)
-        conds = self.conditions(count, cond, noise)
+        conds = self.conditions(cond, noise)
         use = self.sampler if sampler is None else sampler
         parts = []
         for i in _bar(range(0, count, batch), progress and count > batch):

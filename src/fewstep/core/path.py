@@ -1,6 +1,6 @@
 """Paths: how a model mixes picture and noise, and the one table that turns any prediction into x0.
 
-A path is ``x_u = a(u) x0 + b(u) n`` with its own time ``u``; its noise level is ``sigma = b / a``. Everything downstream
+A path is ``x_u = a(u) x0 + b(u) n`` with its own time ``u``; its noise level is ``sigma = b / a``. All else
 works on ``x = x0 + sigma n = x_u / a`` and never sees ``u``. Coefficients are float64.
 """
 
@@ -138,7 +138,7 @@ class CosinePath(Path):
 
 @dataclass(frozen=True)
 class FlowPath(Path):
-    """Straight line ``x_u = (1 - t) x0 + t n``, ``t = shift u / (1 + (shift - 1) u)``, ``u`` in [0, 1] (arXiv 2209.03003).
+    """``x_u = (1 - t) x0 + t n``, ``t = shift u / (1 + (shift - 1) u)``, ``u`` in [0, 1] (arXiv 2209.03003).
 
     ``shift > 1`` spends more of the time at high noise (arXiv 2403.03206, eq. 23). u = 1 is pure noise, which the rest
     of the library writes as the finite level ``sigma_max = 1e8``.

@@ -63,7 +63,7 @@ class Ema:
     """A running average of a role's weights.
 
     ``rate`` is the constant decay per step (0.999 averages about a thousand steps). ``power`` instead averages over a
-    fixed *share* of the run: 0.1 is a relative standard deviation of 10 % (power function, arXiv 2312.02696, eq. 4).
+    fixed *share* of the run: 0.1 is a relative standard deviation of 10 % (power function, arXiv 2312.02696).
     """
 
     rate: float | None = None

@@ -16,7 +16,7 @@ from fewstep.errors import InputError
 
 
 class Step(NamedTuple):
-    """Where a sampler stands: ``point`` at noise ``level`` after ``k`` rows, and the denoiser's output there, if asked."""
+    """Where a sampler stands: ``point`` at ``level`` after ``k`` rows, and the denoiser's output there, if asked."""
 
     k: int
     level: float
@@ -31,10 +31,14 @@ class Sampler(Protocol):
     """Anything that turns a start at noise level ``start`` into a sample with ``nfe`` evaluations; a Tableau is one."""
 
     @property
-    def start(self) -> float: ...
+    def start(self) -> float:
+        """The noise level of the start."""
+        ...
 
     @property
-    def nfe(self) -> int: ...
+    def nfe(self) -> int:
+        """Denoiser evaluations."""
+        ...
 
     def __call__(
         self,
@@ -102,11 +106,9 @@ def _run(
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     points, outputs, noises = {0: x}, dict[int, Tensor](), dict[int, Tensor]()
     for k, row in enumerate(tableau.plan):
-        point = points[k]
-        denoised = None
         if row.sigma is not None:
-            denoised = outputs[k] = D(point, row.sigma, cond).to(x.dtype)
-        yield Step(k, row.level, point, denoised)
+            outputs[k] = D(points[k], row.sigma, cond).to(x.dtype)
+        yield Step(k, row.level, points[k], outputs.get(k))
         if row.draw and noise is not None:
             noises[k] = noise.normal(x.shape[1:], "step", k, dtype=x.dtype).to(x.device)
         following = _combine(row, points, outputs, noises, grad)
@@ -117,7 +119,6 @@ def _run(
         for i in row.drop_noises:
             del noises[i]
         points[k + 1] = following
-        point = denoised = None
     yield Step(tableau.rows, float(tableau.levels[-1]), points[tableau.rows], None)
 
 

@@ -42,7 +42,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         _discard(temporary)
-        raise InputError(f"cannot write {path}: {error.strerror or error}: free some space or choose another --out") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}: free some space or choose another --out"
+        ) from None
 
 
 def _discard(temporary: Path) -> None:

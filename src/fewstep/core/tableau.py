@@ -98,7 +98,9 @@ class Tableau:
         for key, what in (("P", "point"), ("W", "denoiser output"), ("Z", "noise")):
             for k, j in getattr(self, key).nonzero().tolist():
                 if j > k:
-                    raise InputError(f"tableau {self.name!r}: row {k} needs the {what} of row {k - j}, before the start")
+                    raise InputError(
+                        f"tableau {self.name!r}: row {k} needs the {what} of row {k - j}, before the start"
+                    )
                 if key == "W" and silent[k - j]:
                     raise InputError(f"tableau {self.name!r}: row {k} weighs the output of row {k - j}, which has none")
 

@@ -57,12 +57,12 @@ class SFD:
         }
 
     def levels(self, sigma_max: float) -> tuple[Tensor, Tensor]:
-        """The student's levels (steps + 1,) and the teacher's, refined in the same coordinate so that they share points."""
+        """The student's levels (steps + 1,) and the teacher's, refined so that they share points."""
         fine = karras(self.steps * (self.between + 1), self.sigma_min, sigma_max, rho=self.rho, to_zero=False)
         return fine[:: self.between + 1], fine
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
-        """Algorithm 1: one optimizer step per student step, each from the student's own, detached, previous point."""
+        """One optimizer step per student step, each from the student's own, detached, previous point."""
         coarse, fine = self.levels(m.teacher.sigma_max)
         x = fine[0].item() * noise.normal(m.teacher.shape, "start")
         table = dpmpp(fine, 3, lower_order_final=True)
@@ -73,7 +73,7 @@ class SFD:
             here, target, move = x, targets[k + 1], stride[k : k + 1]
 
             def loss(here: Tensor = here, target: Tensor = target, move: Tableau = move) -> Tensor:
-                # Eq. 11: L1 over pixels; the mean instead of the sum leaves Adam unchanged and lr free of the size.
+                # L1 over pixels; the mean instead of the sum leaves Adam unchanged and lr free of the size.
                 return (move(m.student, here, batch.cond, grad=True) - target).abs().mean()
 
             yield Update("student", loss)

@@ -60,7 +60,7 @@ class SiD:
         }
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
-        """Algorithm 1: one update of the fake score, then one of the student, on separate noise."""
+        """One update of the fake score, then one of the student, on separate noise."""
         cond, shape = batch.cond, m.student.shape
 
         def generate(part: str) -> Tensor:
@@ -90,7 +90,7 @@ class SiD:
 
 
 def sid_loss(x: Tensor, d_teacher: Tensor, d_fake: Tensor, alpha: float) -> dict[str, Tensor]:
-    """Eq. 23 with the weight of eq. 24: ``d ((D_T - x) - alpha d) / omega``, ``d = D_T - D_F``, ``omega = mean|x - D_T|``.
+    """The generator's loss ``d ((D_T - x) - alpha d) / omega`` with ``d = D_T - D_F`` and ``omega = mean|x - D_T|``.
 
     All (B, ...). Nothing is detached but omega. Its value says little (it is 0 in expectation at alpha 1); the
     Fisher divergence between fake and teacher, returned beside it, falls as the student learns.

@@ -27,7 +27,7 @@ def warped(
     inverse: Callable[[Tensor], Tensor],
     to_zero: bool,
 ) -> Tensor:
-    """(steps + 1,) levels evenly spaced in ``forward(sigma)``, the ends exact; refining such a grid keeps its points."""
+    """(steps + 1,) levels evenly spaced in ``forward(sigma)``, the ends exact; refining keeps the points."""
     check_range(steps, sigma_min, sigma_max)
     count = steps if to_zero else steps + 1
     ends = forward(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))

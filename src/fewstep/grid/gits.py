@@ -35,7 +35,7 @@ def jump_costs(points: Tensor, outputs: Tensor, levels: Tensor) -> Tensor:
 
 
 def shortest_path(cost: Tensor, steps: int, coefficient: float = 1.0) -> list[int]:
-    """The ``steps + 1`` indices from the first to the last level with the least total ``cost`` (eq. 15).
+    """The ``steps + 1`` indices from the first to the last level with the least total ``cost``.
 
     A later edge counts ``coefficient`` times as much per step after it; above 1 favours fewer errors late.
     Raises InputError if there are fewer levels than asked for.

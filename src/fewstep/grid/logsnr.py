@@ -9,7 +9,7 @@ from fewstep.grid.base import warped
 
 
 def logsnr(steps: int, sigma_min: float, sigma_max: float, *, to_zero: bool = True) -> Tensor:
-    """Geometric levels (arXiv 2206.00927, sec. 3): the limit of Karras' grid for rho to infinity.
+    """Geometric levels (arXiv 2206.00927): the limit of Karras' grid for rho to infinity.
 
     Returns (steps + 1,) float64. Raises InputError for bad ranges.
     """

@@ -14,7 +14,7 @@ from fewstep.grid.base import check_range, warped
 def vp_time(
     steps: int, sigma_min: float, sigma_max: float, *, rho: float = 1.0, epsilon: float = 1e-3, to_zero: bool = True
 ) -> Tensor:
-    """Evenly spaced in ``t^(1/rho)`` of the linear-beta VP process with sigma(1) = sigma_max, sigma(epsilon) = sigma_min.
+    """Evenly spaced in ``t^(1/rho)`` of the linear-beta VP process with sigma(1) the largest, sigma(epsilon) the least.
 
     The two betas follow from the two levels (arXiv 2011.13456; as used by arXiv 2206.00364, table 1, and 2312.00094).
     Returns (steps + 1,) float64. Raises InputError for bad ranges, rho <= 0 or epsilon outside (0, 1).
@@ -25,6 +25,4 @@ def vp_time(
     low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (low / epsilon - high) / (epsilon - 1)
     path = VPPath(beta_d, high - 0.5 * beta_d)
-    return warped(
-        steps, sigma_min, sigma_max, lambda s: path.at(s) ** (1 / rho), lambda w: path.sigma(w**rho), to_zero
-    )
+    return warped(steps, sigma_min, sigma_max, lambda s: path.at(s) ** (1 / rho), lambda w: path.sigma(w**rho), to_zero)

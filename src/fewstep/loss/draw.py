@@ -20,7 +20,7 @@ class Draw(Protocol):
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2``: unit loss at the start (arXiv 2206.00364, eq. 144)."""
+    """``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2``: unit loss at the start (arXiv 2206.00364, table 1)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 

@@ -32,7 +32,7 @@ class Embedding(nn.Module):
         """
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         phase = time[:, None] * frequencies * math.pi
-        waves = torch.cat([phase.cos(), phase.sin()], 1).to(self.time[0].weight.dtype)
+        waves = torch.cat([phase.cos(), phase.sin()], 1).to(next(self.time.parameters()).dtype)
         out: Tensor = self.time(waves)
         label = cond.get("label")
         if self.label is None:

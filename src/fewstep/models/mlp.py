@@ -62,7 +62,9 @@ class ResMLP(nn.Module):
         pixels = math.prod(config.shape)
         self.embed = Embedding(config.embedding, config.classes)
         self.enter = nn.Linear(pixels, config.width)
-        self.blocks = nn.ModuleList(_Block(config.width, config.embedding, config.dropout) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(
+            _Block(config.width, config.embedding, config.dropout) for _ in range(config.blocks)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.leave = nn.Linear(config.width, pixels)
         nn.init.zeros_(self.leave.weight)

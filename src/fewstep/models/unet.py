@@ -44,7 +44,9 @@ class UNetConfig:
         if self.channels % 8 or self.channels < 8:
             raise InputError(f"a U-Net needs channels divisible by 8, got {self.channels}")
         if self.shape[1] % fold or self.shape[2] % fold:
-            raise InputError(f"pictures of {self.shape[1]}x{self.shape[2]} cannot be halved {len(self.multipliers) - 1} times")
+            raise InputError(
+                f"pictures of {self.shape[1]}x{self.shape[2]} cannot be halved {len(self.multipliers) - 1} times"
+            )
 
     @classmethod
     def for_shape(cls, shape: tuple[int, int, int], classes: int = 0, **changes: Any) -> UNetConfig:

@@ -15,8 +15,10 @@ from fewstep.core.noise import Noise
 from fewstep.core.sample import Sampler
 from fewstep.core.tableau import Tableau
 from fewstep.data import Data
+from fewstep.errors import InputError
 from fewstep.grid.karras import karras
 from fewstep.measure import evaluate
+from fewstep.measure.evaluate import _applicable, _extractor
 from fewstep.report.results import Group, Row
 from fewstep.solve.dpmpp import dpmpp
 
@@ -32,7 +34,22 @@ def converged(generator: Generator, n: int, *, seed: int, batch: int = 1000, ste
 
 def drawn_labels(generator: Generator, n: int, seed: int) -> Tensor | None:
     """The labels that ``generator.sample(n, seed=seed)`` draws on the CPU; None when it is unconditional."""
-    return generator.conditions(n, None, Noise.of(seed, n)).get("label")
+    return generator.conditions(None, Noise.of(seed, n)).get("label")
+
+
+def check_metrics(generator: Generator, data: Data, metrics: Sequence[str] | str, n: int) -> None:
+    """Refuses what :func:`measure_sampler` would refuse only after it has sampled.
+
+    Raises:
+        InputError: no extractor for these data, a metric that does not apply, or fewer samples than a metric needs.
+    """
+    names = _applicable(metrics, _extractor(None, data), data.shape)
+    if generator.conds is None and "accuracy" in names and not isinstance(metrics, str):
+        raise InputError("metric 'accuracy' needs a generator with classes: leave the metric out")
+    needed = {"precision": 6, "recall": 6, "density": 6, "coverage": 6, "fd": 2, "pixel_fd": 2, "kid": 2}
+    for name in names:
+        if n < needed.get(name, 1):
+            raise InputError(f"metric {name!r} needs at least {needed[name]} samples, got {n}: raise --n")
 
 
 def measure_sampler(
@@ -65,7 +82,7 @@ def measure_sampler(
     seconds = time.perf_counter() - clock
     with torch.no_grad():
         probe = Noise.of(seed, 1, generator.device)
-        first = {k: v[:1] for k, v in generator.conditions(1, None, probe).items()}
+        first = {k: v[:1] for k, v in generator.conditions(None, probe).items()}
         x = sampler.start * probe.normal(generator.denoiser.shape, "start")
         sampler(counted, x, first, noise=probe)
     scores = evaluate(pictures, data, metrics=metrics, labels=labels, seed=seed)

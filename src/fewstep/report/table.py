@@ -27,6 +27,9 @@ MEANINGS: dict[str, tuple[int, str]] = {
 RMSE = "mean RMSE to the teacher's converged picture from the same noise"
 
 
+PAGE_ONLY = ("kid", "density", "coverage", "modes_kl", "seconds")
+
+
 class Column(NamedTuple):
     """One measured quantity: ``better`` is -1 where less is better, 1 where more is, 0 where nobody said."""
 
@@ -96,12 +99,12 @@ def best(group: list[Row], column: Column) -> float | None:
 
 
 def terminal_table(results: Results) -> Table:
-    """The table for a terminal; the best value of each column among rows of equal NFE is bold."""
+    """The main columns, for a terminal of 80 characters; the best of each among rows of equal NFE is bold."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    shown = columns(results)
+    shown = [c for c in columns(results) if c.key.partition("@")[0] not in PAGE_ONLY]
     table = Table(title=Text(results.title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("sampler", no_wrap=True)
     table.add_column("NFE", justify="right")

@@ -6,6 +6,7 @@ that carries the calibrated sampler's *own* points onto the teacher's next point
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,9 +69,11 @@ def calibrate(
         device = next((p.device for p in D.parameters()), "cpu") if isinstance(D, torch.nn.Module) else "cpu"
     held, check = trajectories // 4, trajectories // 4
     say = _Progress(progress)
-    teacher = _Teacher.draw(D, _fine_levels(D, grid), trajectories + check, seed, cond, batch, torch.device(device), say)
+    teacher = _Teacher.draw(
+        D, _fine_levels(D, grid), trajectories + check, seed, cond, batch, torch.device(device), say
+    )
     work, fresh = teacher.part(slice(0, trajectories)), teacher.part(slice(trajectories, None))
-    fit = _Fitter(D, work, trajectories - held, batch)
+    fit = _Fitter(D, work, trajectories - held, batch, to_zero=grid is None or float(grid[-1]) == 0)
     if grid is None:
         assert nfe is not None
         cost = jump_costs(work.points[:, : fit.n], work.outputs[:, : fit.n], work.levels)
@@ -132,7 +135,7 @@ def _fine_levels(D: Denoiser, grid: Tensor | None) -> Tensor:
         raise InputError(f"the grid {grid.tolist()} lies below the denoiser's sigma_min {D.sigma_min:g}")
     each = math.ceil(FINE / (len(knots) - 1))
     ramp = torch.linspace(0, 1, each + 1, dtype=torch.float64)
-    parts = [torch.exp(math.log(a) + ramp * math.log(b / a)) for a, b in zip(knots[:-1], knots[1:], strict=True)]
+    parts = [torch.exp(math.log(a) + ramp * math.log(b / a)) for a, b in itertools.pairwise(knots)]
     for part, a in zip(parts, knots[:-1], strict=True):
         part[0] = a
     return torch.cat([p[:-1] for p in parts] + [torch.tensor(knots[-1:], dtype=torch.float64)])
@@ -145,7 +148,7 @@ def _chunks(D: Denoiser, batch: int, x: Tensor, sigma: Tensor, cond: Cond) -> Te
 
 @dataclass(frozen=True)
 class _Teacher:
-    """Converged trajectories: ``points`` and ``outputs`` (M, n, *shape) at ``levels`` (M,), and the ``end`` at level 0."""
+    """Converged trajectories: ``points`` and ``outputs`` (M, n, *shape) at ``levels`` (M,)."""
 
     levels: Tensor
     points: Tensor
@@ -181,7 +184,9 @@ class _Teacher:
             own = take(conds, slice(i, i + batch))
             points, outputs = [], []
             for step in trajectory(D, x[i : i + batch], table, own):
-                denoised = D(step.point, levels[-1], own).to(x.dtype).detach() if step.denoised is None else step.denoised
+                denoised = (
+                    D(step.point, levels[-1], own).to(x.dtype).detach() if step.denoised is None else step.denoised
+                )
                 if not denoised.isfinite().all():
                     raise InputError(f"the denoiser's output is not finite at sigma {float(levels[step.k]):g}")
                 points.append(step.point)
@@ -197,7 +202,9 @@ class _Teacher:
     def error(self, D: Denoiser, tableau: Tableau, batch: int) -> float:
         """Mean over trajectories of the RMSE between the sampler's end and the teacher's."""
         first = int((self.levels - tableau.levels[0]).abs().argmin())
-        last = self.end if tableau.levels[-1] == 0 else self.points[int((self.levels - tableau.levels[-1]).abs().argmin())]
+        last = (
+            self.end if tableau.levels[-1] == 0 else self.points[int((self.levels - tableau.levels[-1]).abs().argmin())]
+        )
         total = 0.0
         for i in range(0, last.shape[0], batch):
             rows = slice(i, i + batch)
@@ -224,17 +231,17 @@ class _State:
 class _Fitter:
     """Fits rows to a teacher; remembers the last run so that trials that change a late level reuse its early rows."""
 
-    def __init__(self, D: Denoiser, teacher: _Teacher, n: int, batch: int) -> None:
+    def __init__(self, D: Denoiser, teacher: _Teacher, n: int, batch: int, to_zero: bool) -> None:
         self.D, self.teacher, self.n, self.batch = D, teacher, n, batch
         self.start: tuple[str, dict[str, Any]] = STARTS[0]
         self.cache: tuple[float, _State] | None = None
-        # The last level of the fine grid stands for 0: the target there is the denoised end.
-        self.last = len(teacher.levels) - 1
+        # Then the last index stands for level 0, and the target there is the denoised end.
+        self.to_zero = to_zero
 
     def levels(self, index: Sequence[int]) -> Tensor:
-        """The grid of these indices, ending at 0 where the last fine level is meant."""
+        """The grid of these indices, ending at 0 if that was asked for."""
         grid = self.teacher.levels[list(index)].clone()
-        if index[-1] == self.last:
+        if self.to_zero:
             grid[-1] = 0
         return grid
 
@@ -279,7 +286,7 @@ class _Fitter:
         """Adds to the base row the correction that least squares asks for, shrunk towards none by the ridge."""
         P = {k - j: w for j, w in enumerate(base.P[k].tolist()) if w}
         W = {k - j: w for j, w in enumerate(base.W[k].tolist()) if w}
-        ends = state.index[k + 1] == self.last
+        ends = self.to_zero and k == len(state.index) - 2
         target = self.teacher.end if ends else self.teacher.points[state.index[k + 1]]
         guess = sum(w * state.points[i] for i, w in P.items()) + sum(w * state.outputs[i] for i, w in W.items())
         newest = state.outputs[k]
@@ -307,12 +314,14 @@ class _Fitter:
         unit = gram[:count, :count] / scale / scale[:, None]
         right = gram[:count, count] / scale
         # The floor keeps the system solvable when two features coincide exactly.
-        return (torch.linalg.solve(unit + (ridge + 1e-12) * torch.eye(count, dtype=torch.float64), right) / scale).tolist()
+        return (
+            torch.linalg.solve(unit + (ridge + 1e-12) * torch.eye(count, dtype=torch.float64), right) / scale
+        ).tolist()
 
     def score(self, index: Sequence[int], ridge: float) -> float:
         """Mean of the final RMSE on the held-out and on the fitted trajectories."""
         state = self.run(index, ridge)
-        ends = self.teacher.end if index[-1] == self.last else self.teacher.points[index[-1]]
+        ends = self.teacher.end if self.to_zero else self.teacher.points[index[-1]]
         error = _rmse(state.points[-1], ends)
         return 0.5 * float(error[self.n :].mean() + error[: self.n].mean())
 
@@ -330,7 +339,9 @@ class _Fitter:
         return Tableau(levels[:-1], levels, P, W, torch.zeros_like(P), name="calibrated")
 
 
-def _descend(fit: _Fitter, index: list[int], searches: int, say: Callable[[str], None], ridge: float = 1e-5) -> list[int]:
+def _descend(
+    fit: _Fitter, index: list[int], searches: int, say: Callable[[str], None], ridge: float = 1e-5
+) -> list[int]:
     """Moves one inner level at a time along the fine grid while the score falls; the step halves when nothing helps."""
     best, step, tried = fit.score(index, ridge), 4, 0
     while step and tried < searches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from fewstep.errors import InputError
 def dpmpp(sigmas: Tensor, order: int = 2, *, exact: bool = False, lower_order_final: bool = False) -> Tableau:
     """The multistep solver of order 1, 2 or 3. One evaluation a step.
 
-    With ``h = ln(a/b)`` and divided differences of D in log sigma (sec. 5 of the paper):
+    With ``h = ln(a/b)`` and divided differences of D in log sigma:
     order 1 is ``(b/a) x + (1 - b/a) D``; order 2 is the published "midpoint" 2M, ``exact=True`` the "taylor" form that
     is exact for D linear in log sigma; order 3 is the published 3M, whose second difference lacks a factor 2 and whose
     order is therefore 2 (the damping often helps below 30 steps), ``exact=True`` the true third-order one.
@@ -27,7 +28,7 @@ def dpmpp(sigmas: Tensor, order: int = 2, *, exact: bool = False, lower_order_fi
     table = Builder(float(sigmas[0]))
     grid = sigmas.tolist()
     steps = len(grid) - 1
-    for k, (a, b) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for k, (a, b) in enumerate(itertools.pairwise(grid)):
         use = min(order, k + 1, steps - k if lower_order_final else order) if b > 0 else 1
         outputs = _weights(grid, k, use, exact)
         table.row(a, b, {k: b / a}, outputs)

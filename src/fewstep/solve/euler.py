@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from fewstep.core.path import EDM, Path
@@ -18,6 +20,6 @@ def euler(sigmas: Tensor, *, frame: Path = EDM) -> Tableau:
     """
     table = Builder(float(sigmas[0]))
     grid = sigmas.tolist()
-    for k, (a, b) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for k, (a, b) in enumerate(itertools.pairwise(grid)):
         table.row(a, b, {k: b / a}, {k: 1 - b / a})
     return table.build("euler")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from fewstep.core.path import EDM, Path
@@ -18,7 +20,7 @@ def heun(sigmas: Tensor, *, frame: Path = EDM) -> Tableau:
     """
     table = Builder(float(sigmas[0]))
     grid = sigmas.tolist()
-    for s, t in zip(grid[:-1], grid[1:], strict=True):
+    for s, t in itertools.pairwise(grid):
         i = table.k
         if t == 0:
             table.row(s, 0.0, {}, {i: 1.0})

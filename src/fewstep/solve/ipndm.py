@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from fewstep.core.solver import solver
 from fewstep.core.tableau import Builder, Tableau
 from fewstep.errors import InputError
 
-ADAMS_BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 @solver
@@ -23,7 +30,7 @@ def ipndm(sigmas: Tensor, order: int = 4) -> Tableau:
         raise InputError(f"ipndm has orders 1, 2, 3 and 4, got {order!r}")
     table = Builder(float(sigmas[0]))
     grid = sigmas.tolist()
-    for k, (a, b) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for k, (a, b) in enumerate(itertools.pairwise(grid)):
         points, outputs = {k: 1.0}, {}
         for j, w in enumerate(ADAMS_BASHFORTH[min(order, k + 1)]):
             slope = (b - a) * w / grid[k - j]

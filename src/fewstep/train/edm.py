@@ -40,7 +40,7 @@ class EDMTraining:
         return {"student": Role(lambda: teacher.denoiser, self.optim, self.ema, ships=True)}  # type: ignore[arg-type, return-value]
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
-        """Eq. 2 of the paper, with its effective weight 1 on the network's own output."""
+        """Eq. 2 of the paper, weighted so that the error of the network's own output counts 1 at every level."""
         x0 = batch.x
         assert x0 is not None
         sigma, weight = self.draw(noise, m.student.sigma_data)

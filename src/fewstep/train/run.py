@@ -132,7 +132,12 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), "{task.percentage:.0f}%", TextColumn("{task.fields[say]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            "{task.percentage:.0f}%",
+            TextColumn("{task.fields[say]}"),
+        )
         self.bar = Progress(
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not shown
         )
