@@ -109,14 +109,14 @@ def test_sid_loss_is_the_written_out_formula_with_one_detached_weight_per_pictur
         d = t[i] - f[i]
         expected = expected + (d * (f[i] - x[i]) + (1 - 1.2) * d**2).mean() / omega / 6
     out = sid_loss(x, t, f, 1.2)
-    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-12)
-    assert float(out["fisher"]) == pytest.approx(float((t - f).square().mean()), rel=1e-12)
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert float(out["fisher"]) == pytest.approx((t - f).square().mean().item(), rel=1e-12)
     for got, want in zip(
         torch.autograd.grad(out["loss"], [x, t, f]), torch.autograd.grad(expected, [x, t, f]), strict=True
     ):
         assert float((got - want).abs().max()) < 1e-12
     flat = sid_loss(x, x + 1e-9, x, 1.0)  # a perfect student: the floor of the weight keeps the loss finite
-    assert abs(float(flat["loss"])) < 1e-4
+    assert abs(flat["loss"].item()) < 1e-4
 
 
 class Scores(nn.Module):
@@ -183,7 +183,7 @@ def test_dsm_on_gaussian_data_has_the_posterior_mean_as_its_minimum(mu: float, S
         w, v = scalar(gain), scalar(shift)
         loss = dsm(lambda y, level, cond, w=w, v=v: w * y + v, x0, N, sigma, weight)
         bias = (gain - 1) * mu + shift
-        assert float(loss) == pytest.approx(3 * ((gain - 1) ** 2 * S**2 + gain**2 * s**2 + bias**2), rel=1e-12)
+        assert loss.item() == pytest.approx(3 * ((gain - 1) ** 2 * S**2 + gain**2 * s**2 + bias**2), rel=1e-12)
         by_w, by_v = torch.autograd.grad(loss, [w, v])
         want = 6 * ((gain - 1) * S**2 + gain * s**2 + bias * mu)
         assert float(by_w) == pytest.approx(want, abs=1e-10) and float(by_v) == pytest.approx(6 * bias, abs=1e-10)
@@ -332,7 +332,7 @@ def test_a_step_that_the_teacher_takes_alike_has_no_loss() -> None:
         method = SFD(steps=1, between=between)
         m = sfd_models(method, 80.0)
         (update,) = method.step(m, Batch(None, {}), 0, Noise.of(0, 64))
-        assert (float(update.loss()) < 1e-5) == zero
+        assert (update.loss().item() < 1e-5) == zero
 
 
 def test_the_loss_of_a_step_does_not_reach_earlier_steps() -> None:

@@ -80,11 +80,12 @@ def test_each_picture_can_have_its_own_seed(made: Generator) -> None:
 
 def test_labels_are_drawn_by_each_pictures_own_seed(made: Generator) -> None:
     noise = Noise.of(3, 500)
-    labels = made.conditions(500, None, noise)["label"]
+    assert made.conds is not None
+    labels = made.conds.draw(noise)["label"]
     assert labels.dtype == torch.int64
     assert set(labels.tolist()) == set(range(10))
     order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(made.conditions(500, None, noise[order])["label"], labels[order])
+    assert torch.equal(made.conds.draw(noise[order])["label"], labels[order])
     drawn = made.sample(6, seed=3)
     assert far(made.sample(6, {"label": labels[:6]}, seed=3), drawn) < 1e-5
     assert far(made.sample(6, {"label": (labels[:6] + 1) % 10}, seed=3), drawn) > 0.01

@@ -64,7 +64,8 @@ class UNetConfig:
 
 
 def _groups(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    most = min(32, channels // 4)
+    return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels, eps=1e-6)
 
 
 class _Block(nn.Module):
