@@ -35,13 +35,20 @@ def exact_page(body: dict[str, Any]) -> str:
         euler = min(r["rmse"] for r in known if r["name"] == "euler")
         cells = [n, f"{euler:.4f}", named, f"{body['best_peer'][n]:.4f}", f"{mean:.4f}", f"{ratio:.2f}"]
         rows.append(cells)
-    head = ["NFE", "Euler", "best solver of ours", "best of all peers' settings", "calibrated", "calibrated / best peer"]
+    head = [
+        "NFE",
+        "Euler",
+        "best solver of ours",
+        "best of all peers' settings",
+        "calibrated",
+        "calibrated / best peer",
+    ]
     return (
         "## A problem with a known solution\n\n"
-        "One Gaussian per class of scikit-learn's digits, 64 dimensions; mean RMSE over 256 starts to the exact solution "
-        "of the probability-flow ODE. Peers: the best of every solver, schedule and search of diff-sampler, k-diffusion, "
-        "diffusers, edm, smalldiffusion and flow_matching. Calibration saw other trajectories than those scored; three "
-        "seeds. Command: `python benchmarks/exact.py`.\n\n" + table(head, rows)
+        "One Gaussian per class of scikit-learn's digits, 64 dimensions; mean RMSE over 256 starts to the exact "
+        "solution of the probability-flow ODE. Peers: the best of every solver, schedule and search of diff-sampler, "
+        "k-diffusion, diffusers, edm, smalldiffusion and flow_matching. Calibration saw other "
+        "trajectories than those scored; three seeds. Command: `python benchmarks/exact.py`.\n\n" + table(head, rows)
     )
 
 
@@ -57,8 +64,8 @@ def digits_page(body: dict[str, Any]) -> str:
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in body["seconds"].items())
     return (
         f"## Digits, teacher: {body['settings']['network']}\n\n"
-        f"{count} pictures per row, mean of the picture seeds {body['settings']['seeds']} (their half range after +-), one "
-        f"training seed. Machine: {body['machine']}. Command: `python benchmarks/digits.py --network "
+        f"{count} pictures per row, mean of the picture seeds {body['settings']['seeds']} (half their range "
+        f"after +-), one training seed. Machine: {body['machine']}. Command: `python benchmarks/digits.py --network "
         f"{body['settings']['network']}`. Frechet distances: 100 is the variance of the real features. RMSE: to the "
         f"teacher's own converged end points at the same noise.\n\n{table(head, rows)}\nSeconds: {seconds}.\n"
     )

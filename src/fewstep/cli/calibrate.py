@@ -18,8 +18,7 @@ from fewstep.core.state import Run, write_bytes, write_text
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
-from fewstep.solve.calibrate import _check as check
-from fewstep.solve.calibrate import calibrate
+from fewstep.solve.calibrate import calibrate, check_request
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Calibrate:
             if self.grid == "chosen"
             else {"sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)}
         )
-        check(where.get("nfe"), where.get("sigmas"), self.trajectories, self.ridge)
+        check_request(where.get("nfe"), where.get("sigmas"), self.trajectories, self.ridge)
         out = self.out or next_folder("calibrate")
         run = Run.open(out, recipe_of("calibrate", self), overwrite=self.overwrite)
         table = calibrate_generator(

@@ -31,6 +31,7 @@ class Evaluate:
         n: how many pictures to generate.
         seed: of the pictures.
         metrics: names separated by commas; all that apply without.
+        extractor: features to compare in: digits or pixel; digits for the digits data sets without one.
         paired: also the RMSE to the generator's own converged end points at the same noise.
         batch: pictures at a time.
         out: run folder; runs/evaluate-<number> without one.
@@ -45,6 +46,7 @@ class Evaluate:
     n: int = 2000
     seed: int = 1
     metrics: str = "default"
+    extractor: str | None = None
     paired: bool = False
     batch: int = 1000
     out: Path | None = None
@@ -65,7 +67,7 @@ class Evaluate:
         pictures = load_data(self.data, resize=self.resize)
         if pictures.shape != tuple(made.denoiser.shape):
             raise InputError(f"the generator makes {tuple(made.denoiser.shape)} and {self.data} has {pictures.shape}")
-        check_metrics(made, pictures, wanted, self.n)
+        check_metrics(made, pictures, wanted, self.n, self.extractor)
         run = Run.open(self.out or next_folder("evaluate"), recipe_of("evaluate", self), overwrite=self.overwrite)
         ends = converged(made, self.n, seed=self.seed, batch=self.batch) if self.paired else None
         row = measure_sampler(
@@ -79,6 +81,7 @@ class Evaluate:
             seed=self.seed,
             batch=self.batch,
             metrics=wanted,
+            extractor=self.extractor,
             ends=ends,
             progress=True,
         )

@@ -32,9 +32,15 @@ class Data(Protocol):
         ...
 
 
-def build_models(roles: Mapping[str, Role], device: str) -> Models:
-    """The networks of a method and their averages, frozen, on the device, the same on every process."""
-    networks = {name: role.start().to(device).requires_grad_(False).eval() for name, role in roles.items()}
+def build_models(roles: Mapping[str, Role], device: str, seed: int = 0) -> Models:
+    """The networks of a method and their averages, frozen, in eval mode, on the device, the same on every process.
+
+    Roles that start with random weights are a function of ``seed``. A role may be a network that the caller holds, such
+    as the teacher: it is used as it is, not copied.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(Noise.of(seed, 1).fold("roles").seeds))
+        networks = {name: role.start().to(device).requires_grad_(False).eval() for name, role in roles.items()}
     for network in networks.values():
         distributed.broadcast(network)
     averages = {n: copy.deepcopy(networks[n]) for n, r in roles.items() if r.ema is not None}
@@ -81,7 +87,10 @@ def fit(
             waiting = pool.submit(loop.load, step + 1)
             loop.step(step, spent, parts)
             step += 1
-            seconds = distributed.agree(time.monotonic() - clock)
+            seconds = time.monotonic() - clock
+            if options.budget.unit == "seconds":
+                # Clocks differ between processes; when to stop must not.
+                seconds = distributed.agree(seconds)
             spent = options.budget.progress(step, step * options.batch, seconds)
             done = spent >= 1
             # Reported first: what a kill in between leaves reported is reported again, but nothing is ever left out.
@@ -176,7 +185,8 @@ class _Loop:
         distributed.average_gradients(parameters)
         used = [p for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(used, role.optim.clip, norm)
+        if role.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(used, role.optim.clip, norm)
         self.sums.setdefault(f"{name}/grad_norm", []).append(norm.detach().float())
         bad = (~torch.isfinite(norm + distributed.average(loss))).float()
         self.note(name, bad, i, loss)

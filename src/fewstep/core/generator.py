@@ -163,12 +163,18 @@ class Generator:
         body = read_json(folder / CONFIG)
         if body.get("format") != FORMAT:
             raise InputError(f"{folder / CONFIG} has format {body.get('format')!r}, expected {FORMAT!r}")
-        denoiser = build_precond(body["denoiser"]).to(check_device(device))
+        place = check_device(device)
+        try:
+            denoiser = build_precond(body["denoiser"]).to(place)
+            classes = body.get("classes")
+            conds = None if classes is None else Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
+            sampler = Tableau.from_json((folder / SAMPLER).read_text())
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(f"{folder} is damaged: {CONFIG} or {SAMPLER} lacks or garbles {error}") from None
+        except FileNotFoundError:
+            raise InputError(f"{folder} is incomplete: it has no {SAMPLER}") from None
         load_weights(denoiser, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
         denoiser.eval().requires_grad_(False)
-        classes = body.get("classes")
-        conds = None if classes is None else Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
-        sampler = Tableau.from_json((folder / SAMPLER).read_text())
         return cls(denoiser, sampler, None, conds, body.get("card", {}))
 
 

@@ -26,7 +26,7 @@ class Optim:
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, per step and unit of lr.
-        clip: largest gradient norm; inf for no clipping.
+        clip: largest gradient norm; None clips nothing.
         warmup: steps of linear warm-up.
         decay: after it: constant, cosine to 0, linear to 0, or drop to a tenth at half of the budget.
     """
@@ -35,12 +35,12 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = math.inf
+    clip: float | None = None
     warmup: int = 0
     decay: Decay = "constant"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or not self.clip > 0 or self.warmup < 0:
+        if not self.lr > 0 or (self.clip is not None and not self.clip > 0) or self.warmup < 0:
             raise InputError(f"an optimizer needs lr > 0, clip > 0 and warmup >= 0, got {self}")
         if self.decay not in ("constant", "cosine", "linear", "drop"):
             raise InputError(f"unknown decay {self.decay!r}: choose constant, cosine, linear or drop")

@@ -162,8 +162,8 @@ def evaluate(
     """
     if batch < 1 or k < 1:
         raise InputError(f"batch={batch} and k={k}, expected both at least 1: use batch=512, k=5")
-    extractor = _extractor(extractor, reference_data)
-    names = _applicable(metrics, extractor, reference_data.shape)
+    extractor = extractor_for(extractor, reference_data)
+    names = applicable(metrics, extractor, reference_data.shape)
     keeps = {METRICS[name].keeps for name in names}
     pixel = PixelExtractor(reference_data.shape, snap=getattr(extractor, "snap", False)) if "pixels" in keeps else None
     generated = _Generated(extractor, pixel, "features" in keeps, "classes" in keeps)
@@ -230,7 +230,8 @@ class _Generated:
         )
 
 
-def _extractor(given: Extractor | str | None, data: RealData) -> Extractor:
+def extractor_for(given: Extractor | str | None, data: RealData) -> Extractor:
+    """The extractor itself, the one of that name, or the packaged one that knows the data."""
     if given is None and data.name not in ("digits", "stacked-digits"):
         raise InputError(
             f"no packaged extractor knows data {data.name!r}: pass extractor='pixel', or an object of your own with "
@@ -253,7 +254,7 @@ def _names(metrics: Iterable[str]) -> list[str]:
     return names
 
 
-def _applicable(metrics: Iterable[str], extractor: Extractor, shape: tuple[int, int, int]) -> list[str]:
+def applicable(metrics: Iterable[str], extractor: Extractor, shape: tuple[int, int, int]) -> list[str]:
     """The metrics asked for; of the default ones, those that apply."""
     names = _names(metrics)
     obstacles = {name: text for name in names if (text := _obstacle(name, extractor, shape))}

@@ -18,7 +18,7 @@ from fewstep.data import Data
 from fewstep.errors import InputError
 from fewstep.grid.karras import karras
 from fewstep.measure import evaluate
-from fewstep.measure.evaluate import _applicable, _extractor
+from fewstep.measure.evaluate import applicable, extractor_for
 from fewstep.report.results import Group, Row
 from fewstep.solve.dpmpp import dpmpp
 
@@ -37,13 +37,15 @@ def drawn_labels(generator: Generator, n: int, seed: int) -> Tensor | None:
     return generator.conditions(None, Noise.of(seed, n)).get("label")
 
 
-def check_metrics(generator: Generator, data: Data, metrics: Sequence[str] | str, n: int) -> None:
+def check_metrics(
+    generator: Generator, data: Data, metrics: Sequence[str] | str, n: int, extractor: str | None = None
+) -> None:
     """Refuses what :func:`measure_sampler` would refuse only after it has sampled.
 
     Raises:
         InputError: no extractor for these data, a metric that does not apply, or fewer samples than a metric needs.
     """
-    names = _applicable(metrics, _extractor(None, data), data.shape)
+    names = applicable(metrics, extractor_for(extractor, data), data.shape)
     if generator.conds is None and "accuracy" in names and not isinstance(metrics, str):
         raise InputError("metric 'accuracy' needs a generator with classes: leave the metric out")
     needed = {"precision": 6, "recall": 6, "density": 6, "coverage": 6, "fd": 2, "pixel_fd": 2, "kid": 2}
@@ -64,6 +66,7 @@ def measure_sampler(
     seed: int = 1,
     batch: int = 1000,
     metrics: Sequence[str] | str = "default",
+    extractor: str | None = None,
     ends: Tensor | None = None,
     cond: Cond | None = None,
     progress: bool = False,
@@ -85,7 +88,7 @@ def measure_sampler(
         first = {k: v[:1] for k, v in generator.conditions(None, probe).items()}
         x = sampler.start * probe.normal(generator.denoiser.shape, "start")
         sampler(counted, x, first, noise=probe)
-    scores = evaluate(pictures, data, metrics=metrics, labels=labels, seed=seed)
+    scores = evaluate(pictures, data, metrics=metrics, labels=labels, extractor=extractor, seed=seed)
     rmse = None if ends is None else float((pictures - ends).flatten(1).double().square().mean(1).sqrt().mean())
     table = sampler if isinstance(sampler, Tableau) else None
     return Row(name, group, counted.nfe, scores, rmse, seconds, n, command, pictures[:SHOWN].clone(), table)

@@ -64,7 +64,7 @@ def calibrate(
         InputError: neither or both of nfe and sigmas, nfe < 1, a bad grid, fewer than 8 trajectories, a negative
             ridge, or a denoiser whose output is not finite (names the level).
     """
-    grid = _check(nfe, sigmas, trajectories, ridge)
+    grid = check_request(nfe, sigmas, trajectories, ridge)
     if device is None:
         device = next((p.device for p in D.parameters()), "cpu") if isinstance(D, torch.nn.Module) else "cpu"
     held, check = trajectories // 4, trajectories // 4
@@ -107,9 +107,10 @@ def calibrate(
     return replace(kept, name=f"calibrated-{fitted.nfe}", meta={**kept.meta, "calibration": report})
 
 
-def _check(
+def check_request(
     nfe: int | None, sigmas: Tensor | Sequence[float] | None, trajectories: int, ridge: float | str
 ) -> Tensor | None:
+    """The given grid, checked, or None; raises what :func:`calibrate` says it raises for its arguments."""
     if (nfe is None) == (sigmas is None):
         raise InputError("calibrate takes either nfe (the grid is chosen) or sigmas (the grid is given)")
     if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or not 1 <= nfe <= FINE // 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,8 +37,9 @@ class EDMTraining:
     ema: Ema = Ema(power=0.08)
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
-        """One role: the student starts as the network that it is given."""
-        return {"student": Role(lambda: teacher.denoiser, self.optim, self.ema, ships=True)}  # type: ignore[arg-type, return-value]
+        """One role: the student starts as a copy of the network that it is given."""
+        made = teacher.denoiser
+        return {"student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True)}  # type: ignore[arg-type, return-value]
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Eq. 2 of the paper, weighted so that the error of the network's own output counts 1 at every level."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from fewstep.core import distributed
 from fewstep.core.cond import Classes
-from fewstep.core.denoiser import edm
+from fewstep.core.denoiser import Precond, edm
 from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
@@ -83,7 +84,12 @@ def train(
     except TypeError as error:
         raise InputError(f"unknown training option: {error}") from None
     made = {"method": type(method).__name__, "settings": asdict(method), "options": asdict(chosen)}  # type: ignore[call-overload]
-    body = {**(recipe or {}), **made}
+    # What it is trained from and on: resuming with another teacher would silently go on.
+    sources = {
+        "from": start.fingerprint() if isinstance(start.denoiser, Precond) else None,
+        "data": getattr(data, "fingerprint", None),
+    }
+    body = {**(recipe or {}), **made, **sources}
     first = distributed.rank() == 0
     run = Run.open(Path(out), body, resume=resume, overwrite=overwrite, keep=keep) if first else Run(Path(out), keep)
     distributed.barrier()
@@ -91,7 +97,7 @@ def train(
     step = int(found[0]["step"]) if found else 0
     if first:
         run.rewind_log(step)
-    models = build_models(method.roles(start), str(device))
+    models = build_models(method.roles(start), str(device), chosen.seed)
     shipped = _shipped(method, models, start)
     # A finished run that is resumed has nothing to report, but it was trained.
     last: dict[str, Any] = next(reversed(run.read_log()), {}) if first else {}
@@ -103,7 +109,7 @@ def train(
                 bar.show(report)
                 if report.done or (grid_every and report.step % grid_every < chosen.log_every):
                     save_grid(shipped.sample(64, progress=False), run.folder / "samples" / f"{report.step:08d}.png")
-    shipped.card = {**made, "trained": last, **shipped.card}
+    shipped.card = {**made, **sources, "trained": last}
     if first:
         shipped.save(out)
     distributed.barrier()
@@ -121,7 +127,8 @@ def _entry(report: Report) -> dict[str, Any]:
         "images": report.images,
         "seconds": round(report.seconds, 3),
         "skipped": report.skipped,
-        **{k: float(f"{v:.6g}") for k, v in report.losses.items()},
+        # JSON has no nan: a mean that holds a skipped update is null.
+        **{k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in report.losses.items()},
     }
 
 
