@@ -40,6 +40,8 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 
 # idle OpenMP threads that spin take the cores from those that work
 demo test bench: export OMP_WAIT_POLICY := passive
+# a worker per core, a thread per worker
+test: export OMP_NUM_THREADS := 1
 
 demo: $(STAMP)  ## train, calibrate, distil and compare on the digits, into runs/demo
 	$(VENV)/bin/fewstep demo --out runs/demo --overwrite $(ARGS)
@@ -57,8 +59,8 @@ bench: $(STAMP)  ## every program in benchmarks/ with its defaults; takes long
 	if [ -z "$$programs" ]; then echo "benchmarks/ holds no program" >&2; exit 1; fi; \
 	for program in $$programs; do echo "== $$program"; $(PY) "$$program" $(ARGS) || exit 1; done
 
-docs: $(STAMP)  ## the pages of docs/ that are made from the code
-	$(PY) -m fewstep.cli methods --markdown docs/methods.md
+docs: $(STAMP)  ## the pages of docs/ that are made from code and results
+	$(PY) docs/build.py
 
 clean:  ## remove caches and builds; .venv and runs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -10,7 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.methods import markdown
+from fewstep.cli.methods import card
+from fewstep.distill import METHODS
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -79,9 +80,30 @@ def spread(values: list[float] | None) -> str:
     return f"{statistics.mean(values):.3f} +- {half:.3f}"
 
 
+def measured(method: type) -> str:
+    """A method's rows beside Euler and the calibrated sampler at as many evaluations, and the teacher."""
+    body = json.loads((RESULTS / "digits-resmlp.json").read_text())
+    own = [r for r in body["rows"] if r["name"] == method.__name__]
+    beside = ("euler rho 7", "calibrated")
+    rows = [r for r in body["rows"] if r["name"] in beside and r["nfe"] in {o["nfe"] for o in own}]
+    names = {k.split("@")[0]: k for k in body["rows"][0] if "@" in k}
+    cells = [
+        [r["name"], str(r["nfe"]), *(spread(r.get(names[m])) for m in SHOWN)]
+        for r in sorted(own + rows, key=lambda r: (r["nfe"], r["name"])) + body["rows"][:1]
+    ]
+    seconds = ", ".join(f"{k}: {v:.0f} s" for k, v in body["seconds"].items() if method.__name__ in k)
+    return (
+        f"Measured on digits, {body['settings']['samples']} pictures, picture seeds {body['settings']['seeds']}, "
+        f"training seed 0, {body['machine']}, by `python benchmarks/digits.py` ({seconds}):\n\n"
+        + table(["sampler", "NFE", *SHOWN], cells)
+    )
+
+
 def main() -> None:
     """Writes the pages."""
-    (DOCS / "methods.md").write_text(markdown())
+    head = "# Methods\n\nWritten by `make docs` from the code and `benchmarks/results/`.\n\n"
+    cards = [f"{card(name)}\n{measured(method)}" for name, method in METHODS.items()]
+    (DOCS / "methods.md").write_text(head + "\n".join(cards))
     parts = ["# Results\n\nWritten by `make docs` from `benchmarks/results/*.json`; each section names its command.\n"]
     for path in sorted(RESULTS.glob("*.json")):
         body = json.loads(path.read_text())

@@ -69,5 +69,5 @@ def card(name: str) -> str:
 
 def markdown() -> str:
     """The page of all methods."""
-    head = "# Methods\n\nWritten by `fewstep methods --markdown docs/methods.md` from the code.\n\n"
+    head = "# Methods\n\n"
     return head + "\n".join(card(name) for name in METHODS)

@@ -84,6 +84,7 @@ class Precond(nn.Module):
         """See :class:`Denoiser`. The algebra runs in the dtype of ``x``, float32 or wider."""
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         sigma = as64(sigma)
+        sigma = sigma.reshape(()) if sigma.numel() == 1 else sigma
         u = self.path.at(sigma)
         c, k = x0_weights(self.path, self.predicts, u)
         a = self.path.coeffs(u).a

@@ -97,7 +97,7 @@ def measured_order(tableau: Tableau, path: Path | None, steps: Sequence[int]) ->
         raise InputError(f"{tableau.name!r} has no order to measure: it was fitted or cut, not made by a named solver")
     problem, start, end = bimodal(), min(float(tableau.levels[0]), 10.0), 0.05
     x = torch.linspace(-2.0, 2.0, 33, dtype=torch.float64)[:, None] * start
-    exact = problem.flow(x, start, end, steps=2000)
+    exact = problem.flow(x, start, end)
     errors = []
     for n in steps:
         if path is None:

@@ -126,7 +126,7 @@ class Generator:
         digest = sha256(json.dumps(self.denoiser.describe(), sort_keys=True).encode())
         for name, tensor in sorted(self.denoiser.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> Path:
@@ -169,10 +169,12 @@ class Generator:
             classes = body.get("classes")
             conds = None if classes is None else Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
             sampler = Tableau.from_json((folder / SAMPLER).read_text())
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder} is damaged: {CONFIG} or {SAMPLER} lacks or garbles {error}") from None
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{folder} is incomplete: it has no {SAMPLER}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{folder} is damaged: {CONFIG} or {SAMPLER} lacks or garbles {error}") from None
         load_weights(denoiser, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
         denoiser.eval().requires_grad_(False)
         return cls(denoiser, sampler, None, conds, body.get("card", {}))

@@ -7,6 +7,7 @@ bits on every device, with no Python loop over samples.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -55,8 +56,8 @@ class Noise:
         """
         index = torch.arange(ids) if isinstance(ids, int) else ids
         index = index.to(device, torch.int64)
-        if isinstance(seed, int):
-            return cls(_mix(_mix(torch.full_like(index, _word(seed))) + index * _GAMMA))
+        if not isinstance(seed, Sequence):
+            return cls(_mix(_mix(torch.full_like(index, _word(operator.index(seed)))) + index * _GAMMA))
         own = torch.tensor([_word(int(s)) for s in seed], dtype=torch.int64, device=device)
         return cls(_mix(_mix(own)[index]))
 

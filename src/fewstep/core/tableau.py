@@ -131,7 +131,7 @@ class Tableau:
 
     @cached_property
     def live(self) -> int:
-        """The most state-sized tensors that are held at once, the running sum of a row not counted."""
+        """The most state-sized tensors that are held at once, beside a row's running sum and the caller's own start."""
         held, most = 1, 1
         for row in self.plan:
             held += int(row.sigma is not None) + int(row.draw)

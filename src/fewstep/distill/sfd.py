@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -63,14 +64,12 @@ class SFD:
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """One optimizer step per student step, each from the student's own, detached, previous point."""
-        coarse, fine = self.levels(m.teacher.sigma_max)
-        x = fine[0].item() * noise.normal(m.teacher.shape, "start")
-        table = dpmpp(fine, 3, lower_order_final=True)
+        moves, table = _tables(self, m.teacher.sigma_max)
+        x = table.start * noise.normal(m.teacher.shape, "start")
         # The generator is consumed here, inside no_grad, so that no grad mode reaches over a yield of ours.
         targets = [s.point for s in trajectory(m.teacher, x, table, batch.cond)][:: self.between + 1]
-        stride = euler(coarse)
         for k in range(self.steps):
-            here, target, move = x, targets[k + 1], stride[k : k + 1]
+            here, target, move = x, targets[k + 1], moves[k]
 
             def loss(here: Tensor = here, target: Tensor = target, move: Tableau = move) -> Tensor:
                 # L1 over pixels; the mean instead of the sum leaves Adam unchanged and lr free of the size.
@@ -84,3 +83,11 @@ class SFD:
     def sampler(self, teacher: Generator) -> Tableau:
         """Euler on the student's levels."""
         return euler(self.levels(teacher.denoiser.sigma_max)[0])
+
+
+@lru_cache(maxsize=8)
+def _tables(method: SFD, sigma_max: float) -> tuple[list[Tableau], Tableau]:
+    """The student's single steps and the teacher's whole run, made once."""
+    coarse, fine = method.levels(sigma_max)
+    stride = euler(coarse)
+    return [stride[k : k + 1] for k in range(method.steps)], dpmpp(fine, 3, lower_order_final=True)

@@ -1,6 +1,7 @@
 """Grids: functions ``(steps, sigma_min, sigma_max, ...) -> (steps + 1,)`` decreasing float64 levels.
 
-They end at 0, with the last positive level at ``sigma_min``; with ``to_zero=False`` they end at ``sigma_min`` itself.
+They end at 0, with the last positive level at ``sigma_min`` (a single step goes from ``sigma_max`` to 0);
+with ``to_zero=False`` they end at ``sigma_min`` itself.
 """
 
 from collections.abc import Callable
