@@ -304,7 +304,17 @@ def test_a_damaged_checkpoint_is_named(file: str, said: str, finished: Callable[
     assert path.stem in str(error.value)
 
 
+def test_resuming_with_another_teacher_is_refused(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(finished("SFD"), tmp_path / "run")
+    with pytest.raises(InputError, match="made with another recipe: from was"):
+        run("SFD", tmp_path / "run", start=tiny(width=8, embedding=8, blocks=1), resume=True)
+
+
 def test_a_checkpoint_of_another_network_is_refused(finished: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(finished("SFD"), tmp_path / "run")
+    run("SFD", tmp_path / "small", start=tiny(width=8, embedding=8, blocks=1))
+    student = "roles/student.safetensors"
+    foreign, own = (sorted((tmp_path / f / "checkpoints").iterdir())[-1] / student for f in ("small", "run"))
+    shutil.copy(foreign, own)
     with pytest.raises(InputError, match="holds another architecture"):
-        run("SFD", tmp_path / "run", start=tiny(width=8, embedding=8, blocks=1), resume=True)
+        run("SFD", tmp_path / "run", resume=True)

@@ -58,6 +58,10 @@ class StopsAfter:
     data: Any
     left: int
 
+    @property
+    def fingerprint(self) -> str | None:
+        return getattr(self.data, "fingerprint", None)
+
     def __len__(self) -> int:
         return len(self.data)
 
