@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -51,19 +52,24 @@ def purpose(method: type) -> str:
 
 
 def card(name: str) -> str:
-    """Purpose, settings and defaults of a method as Markdown."""
+    """Purpose, settings, meanings and defaults of a method as Markdown."""
     method = METHODS[name]
+    text, _, attributes = (inspect.getdoc(method) or "").partition("Attributes:")
+    joined = re.sub(r"\n {5,}", " ", inspect.cleandoc(attributes))
+    meanings = dict(re.findall(r"^ *(\w+): (.*)$", joined, re.MULTILINE))
     lines = [
         f"## {name}",
         "",
         purpose(method),
         "",
-        inspect.getdoc(method) or "",
+        text.strip(),
         "",
-        "| setting | default |",
-        "|---|---|",
+        "| setting | default | meaning |",
+        "|---|---|---|",
     ]
-    lines += [f"| `{key}` | `{value}` |" for key, value in asdict(method()).items()]
+    for key, value in asdict(method()).items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else value
+        lines.append(f"| `{key}` | {shown} | {meanings.get(key, '')} |")
     return "\n".join(lines) + "\n"
 
 

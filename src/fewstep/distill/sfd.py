@@ -33,7 +33,7 @@ class SFD:
         sigma_min: the student's last positive level (0.006 in the paper); it ends at 0 from there in no evaluation.
         rho: of the Karras grid.
         optim: the paper's lr is 5e-5 for 50 M parameters; it falls to a tenth at half of the budget.
-        ema: the paper keeps none; an average is no worse and steadier on short runs.
+        ema: the average that ships; the paper keeps none.
     """
 
     needs_data: ClassVar[bool] = False

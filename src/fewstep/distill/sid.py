@@ -27,7 +27,7 @@ class SiD:
     """A model-based Fisher divergence whose gradient flows through the teacher and the fake score.
 
     Attributes:
-        alpha: weight of the squared difference; 1.2 in the paper, 1.0 where that is unstable.
+        alpha: weight of the squared difference; 1.2 in the paper, 1.0 for its AFHQ.
         sigma_init: the student's only noise level, as scale and as condition.
         draw: noise levels of the student's loss.
         fake_draw: noise levels of the fake score's.
