@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.core.cond import Cond, take
@@ -20,7 +21,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
 from fewstep.core.sample import sample, trajectory
 from fewstep.core.solver import build, check_grid
-from fewstep.core.tableau import Tableau
+from fewstep.core.tableau import Builder, Tableau
 from fewstep.errors import InputError
 from fewstep.grid.gits import jump_costs, shortest_path
 from fewstep.grid.karras import karras
@@ -36,6 +37,7 @@ STARTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+@torch.no_grad()
 def calibrate(
     D: Denoiser,
     *,
@@ -68,25 +70,24 @@ def calibrate(
     if device is None:
         device = next((p.device for p in D.parameters()), "cpu") if isinstance(D, torch.nn.Module) else "cpu"
     held, check = trajectories // 4, trajectories // 4
-    say = _Progress(progress)
-    teacher = _Teacher.draw(
-        D, _fine_levels(D, grid), trajectories + check, seed, cond, batch, torch.device(device), say
-    )
-    work, fresh = teacher.part(slice(0, trajectories)), teacher.part(slice(trajectories, None))
-    fit = _Fitter(D, work, trajectories - held, batch, to_zero=grid is None or float(grid[-1]) == 0)
-    if grid is None:
-        assert nfe is not None
-        cost = jump_costs(work.points[:, : fit.n], work.outputs[:, : fit.n], work.levels)
-        index = shortest_path(cost, nfe)
-        fit.choose_start(index)
-        index = _descend(fit, index, searches, say)
-    else:
-        index = [int((work.levels - s).abs().argmin()) for s in grid.tolist()]
-        if grid[-1] == 0:
-            index[-1] = len(work.levels) - 1
-    start = fit.choose_start(index)
-    choice = min(RIDGES, key=lambda r: fit.score(index, r)) if ridge == "auto" else float(ridge)
-    fitted = fit.table(index, choice)
+    with _Progress(progress) as say:
+        levels, place = _fine_levels(D, grid), torch.device(device)
+        teacher = _Teacher.draw(D, levels, trajectories + check, seed, cond, batch, place, say)
+        work, fresh = teacher.part(slice(0, trajectories)), teacher.part(slice(trajectories, None))
+        fit = _Fitter(D, work, trajectories - held, batch, to_zero=grid is None or float(grid[-1]) == 0)
+        if grid is None:
+            assert nfe is not None
+            cost = jump_costs(work.points[:, : fit.n], work.outputs[:, : fit.n], work.levels)
+            index = shortest_path(cost, nfe)
+            fit.choose_start(index)
+            index = _descend(fit, index, searches, say)
+        else:
+            index = [int((work.levels - s).abs().argmin()) for s in grid.tolist()]
+            if grid[-1] == 0:
+                index[-1] = len(work.levels) - 1
+        start = fit.choose_start(index)
+        choice = min(RIDGES, key=lambda r: fit.score(index, r)) if ridge == "auto" else float(ridge)
+        fitted = fit.table(index, choice)
     errors = {"start": fresh.error(D, start, batch), "fitted": fresh.error(D, fitted, batch)}
     kept = fitted if errors["fitted"] <= errors["start"] else start
     report = {
@@ -103,7 +104,6 @@ def calibrate(
         "sigma_max": D.sigma_max,
         "shape": list(D.shape),
     }
-    say("done")
     return replace(kept, name=f"calibrated-{fitted.nfe}", meta={**kept.meta, "calibration": report})
 
 
@@ -282,7 +282,6 @@ class _Fitter:
         outputs = old.outputs[: max(same, 1)] if index[0] == old.index[0] else []
         return _State(index, old.points[: rows + 1] if same else fresh.points, outputs, old.P[:rows], old.W[:rows])
 
-    @torch.no_grad()
     def _fit_row(self, state: _State, base: Tableau, k: int, ridge: float) -> None:
         """Adds to the base row the correction that least squares asks for, shrunk towards none by the ridge."""
         P = {k - j: w for j, w in enumerate(base.P[k].tolist()) if w}
@@ -329,15 +328,11 @@ class _Fitter:
     def table(self, index: Sequence[int], ridge: float) -> Tableau:
         """The fitted rows as a table."""
         state = self.run(index, ridge)
-        rows = len(index) - 1
-        depth = 1 + max(k - i for table in (state.P, state.W) for k, row in enumerate(table) for i in row)
-        P, W = torch.zeros(rows, depth, dtype=torch.float64), torch.zeros(rows, depth, dtype=torch.float64)
-        for table, made in ((P, state.P), (W, state.W)):
-            for k, row in enumerate(made):
-                for i, w in row.items():
-                    table[k, k - i] = w
-        levels = self.levels(index)
-        return Tableau(levels[:-1], levels, P, W, torch.zeros_like(P), name="calibrated")
+        levels = self.levels(index).tolist()
+        made = Builder(levels[0])
+        for sigma, level, P, W in zip(levels[:-1], levels[1:], state.P, state.W, strict=True):
+            made.row(sigma, level, P, W)
+        return made.build("calibrated")
 
 
 def _descend(
@@ -364,18 +359,18 @@ class _Progress:
     """A spinner line while it works, on a terminal and only when asked for."""
 
     def __init__(self, shown: bool) -> None:
-        self.status: Any = None
-        if shown:
-            from rich.console import Console
+        self.status = Console(stderr=True).status("calibrate") if shown else None
 
-            self.status = Console(stderr=True).status("calibrate")
+    def __enter__(self) -> _Progress:
+        if self.status is not None:
             self.status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.status is not None:
+            self.status.stop()
 
     def __call__(self, text: str) -> None:
-        """Shows ``text``; "done" ends the line."""
-        if self.status is None:
-            return
-        if text == "done":
-            self.status.stop()
-        else:
+        """Shows ``text``."""
+        if self.status is not None:
             self.status.update(f"calibrate: {text}")
