@@ -27,7 +27,7 @@ MEANINGS: dict[str, tuple[int, str]] = {
 RMSE = "mean RMSE to the teacher's converged picture from the same noise"
 
 
-PAGE_ONLY = ("kid", "density", "coverage", "modes_kl", "seconds")
+PAGE_ONLY = ("pixel_fd", "kid", "density", "coverage", "modes_kl", "seconds")
 
 
 class Column(NamedTuple):
