@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fewstep.cli.base import next_folder, recipe_of
 from fewstep.cli.train import RunFlags, clean
+from fewstep.core import distributed
 from fewstep.core.generator import load
 from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
@@ -45,7 +46,8 @@ class Distill:
         method: Any = self.settings  # type: ignore[attr-defined]
         student = distill(teacher, method, pictures, out=out, **options)  # type: ignore[arg-type]
         told = f"{out}: {student.sampler.nfe} evaluations; try `fewstep sample {out}`"
-        Console(stderr=True).print(told, highlight=False)
+        if distributed.rank() == 0:
+            Console(stderr=True).print(told, highlight=False)
 
 
 def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, list[str]]:

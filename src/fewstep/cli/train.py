@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from fewstep.cli.base import next_folder, recipe_of
+from fewstep.core import distributed
 from fewstep.data import load_data
 from fewstep.errors import InputError
 from fewstep.train import EDMTraining, train, untrained
@@ -89,7 +90,9 @@ class Train:
         out = flags.out or next_folder("train")
         options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
         train(start, self.method, pictures, out=out, **options)  # type: ignore[arg-type]
-        Console(stderr=True).print(f"{out}: look at {out}/samples, try `fewstep sample {out}`", highlight=False)
+        if distributed.rank() == 0:
+            told = f"{out}: look at {out}/samples, try `fewstep sample {out}`"
+            Console(stderr=True).print(told, highlight=False)
 
 
 def clean(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,17 @@ class Generator:
             return next(self.denoiser.parameters()).device
         return torch.device("cpu")
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """The denoiser as a module, to be trained or copied.
+
+        Raises:
+            InputError: the denoiser is a plain function or object.
+        """
+        if not isinstance(self.denoiser, torch.nn.Module):
+            raise InputError(f"{type(self.denoiser).__name__} has no weights to train: expected a torch module")
+        return self.denoiser
+
     def to(self, device: str | torch.device) -> Generator:
         """Moves the network in place; returns the generator.
 

@@ -51,10 +51,10 @@ class SFD:
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """The student starts as the teacher."""
-        made = teacher.denoiser
+        made = teacher.network
         return {
-            "teacher": Role(lambda: made),  # type: ignore[arg-type, return-value]
-            "student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True),  # type: ignore[arg-type, return-value]
+            "teacher": Role(lambda: made),
+            "student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True),
         }
 
     def levels(self, sigma_max: float) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,11 @@ class SiD:
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """Student and fake score start as the teacher."""
-        made = teacher.denoiser
+        made = teacher.network
         return {
-            "teacher": Role(lambda: made),  # type: ignore[arg-type, return-value]
-            "fake": Role(lambda: copy.deepcopy(made), self.fake),  # type: ignore[arg-type, return-value]
-            "student": Role(lambda: copy.deepcopy(made), self.student, self.ema, ships=True),  # type: ignore[arg-type, return-value]
+            "teacher": Role(lambda: made),
+            "fake": Role(lambda: copy.deepcopy(made), self.fake),
+            "student": Role(lambda: copy.deepcopy(made), self.student, self.ema, ships=True),
         }
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:

@@ -234,8 +234,8 @@ def extractor_for(given: Extractor | str | None, data: RealData) -> Extractor:
     """The extractor itself, the one of that name, or the packaged one that knows the data."""
     if given is None and data.name not in ("digits", "stacked-digits"):
         raise InputError(
-            f"no packaged extractor knows data {data.name!r}: pass extractor='pixel', or an object of your own with "
-            f"name, dim, fingerprint and a call from images to features"
+            f"no packaged extractor knows data {data.name!r}: pass extractor='pixel' (--extractor pixel), or an object "
+            f"with name, dim, fingerprint and a call from images to features"
         )
     if given is None or isinstance(given, str):
         return extractors.extractor(data.name if given is None else given, data.shape)

@@ -38,8 +38,8 @@ class EDMTraining:
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """One role: the student starts as a copy of the network that it is given."""
-        made = teacher.denoiser
-        return {"student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True)}  # type: ignore[arg-type, return-value]
+        made = teacher.network
+        return {"student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True)}
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Eq. 2 of the paper, weighted so that the error of the network's own output counts 1 at every level."""
