@@ -132,7 +132,8 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     assert "sid" in listed and "sfd" in listed
     cli("methods sid")
-    assert "`sigma_init` | `2.5`" in capsys.readouterr().out
+    card = capsys.readouterr().out
+    assert re.search(r"sigma_init +2\.5 +the student's only", card) and "2404.04057" in card
     cli("methods --markdown methods.md")
     text = Path("methods.md").read_text()
     assert "## sid" in text and "## sfd" in text and "2404.04057" in text

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from fewstep.core.state import write_text
@@ -43,7 +44,7 @@ class Methods:
                 shown.add_row(name, "yes" if method.needs_data else "no", purpose(method))  # type: ignore[attr-defined]
             console.print(shown)
             return
-        console.print(card(self.name), highlight=False, markup=False)
+        console.print(Markdown(card(self.name)))
 
 
 def purpose(method: type) -> str:
