@@ -114,7 +114,7 @@ class _Loop:
                     models.networks[name].parameters(), o.lr, o.betas, o.eps, o.weight_decay, fused=True
                 )
         self.updates = dict.fromkeys(self.optimizers, 0)
-        self.health = {name: torch.zeros(4, dtype=torch.float64, device=options.device) for name in self.optimizers}
+        self.health = {name: torch.zeros(4, device=options.device) for name in self.optimizers}
         self.sums: dict[str, list[Tensor]] = {}
 
     def load(self, step: int) -> list[tuple[Batch, Tensor]]:
