@@ -14,7 +14,8 @@ from typing import Any
 
 import tyro
 
-from fewstep.cli.base import VERSION, from_json
+from fewstep import __version__
+from fewstep.cli.base import from_json
 from fewstep.core.state import read_json
 from fewstep.errors import InputError, NonFiniteError, unknown
 
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> None:
         sys.stdout.write(USAGE)
         return
     if argv[0] == "--version":
-        sys.stdout.write(f"fewstep {VERSION}\n")
+        sys.stdout.write(f"fewstep {__version__}\n")
         return
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep import __version__
 from fewstep.core.generator import Generator
 from fewstep.core.sample import Sampler
 from fewstep.core.solver import SOLVERS, build
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
-
-VERSION = "0.1.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def recipe_of(command: str, flags: Any) -> dict[str, Any]:
     arguments = jsonable(flags)
     for name in ("out", "resume", "overwrite"):
         arguments.pop(name, None)
-    return {"command": command, "fewstep": VERSION, "arguments": arguments}
+    return {"command": command, "fewstep": __version__, "arguments": arguments}
 
 
 def jsonable(value: Any) -> Any:

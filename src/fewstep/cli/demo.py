@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.cli.base import VERSION, recipe_of
+from fewstep import __version__
+from fewstep.cli.base import recipe_of
 from fewstep.cli.calibrate import calibrate_generator, save_tableau
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
@@ -200,7 +201,7 @@ class Demo:
         """Where and how the numbers were made."""
         return {
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-            "versions": f"fewstep {VERSION}, torch {torch.__version__}, Python {platform.python_version()}",
+            "versions": f"fewstep {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             "seed": f"{self.seed} for training, {self.seed + 1} for pictures",
             "repeat all": f"fewstep demo --recipe {self.out}/recipe.json --out runs/again",
             **{name: f"{seconds:.1f} s" for name, seconds in stages.seconds.items()},
