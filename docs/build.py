@@ -66,11 +66,22 @@ def digits_page(body: dict[str, Any]) -> str:
     return (
         f"## Digits, teacher: {body['settings']['network']}\n\n"
         f"{count} pictures per row, mean of the picture seeds {body['settings']['seeds']} (half their range "
-        f"after +-), one training seed. Machine: {body['machine']}. Command: `python benchmarks/digits.py --network "
-        f"{body['settings']['network']}`. Frechet distances: 100 is the variance of the real features. RMSE: to the "
+        f"after +-), one training seed. Machine: {body['machine']}. Command: "
+        f"`{command(body['settings'])}`. Frechet distances: 100 is the variance of the real features. RMSE: to the "
         f"teacher's own converged end points at the same noise.\n\n{table(head, rows)}\n"
         f"Seconds, with other programs on the same two cores: {seconds}.\n"
     )
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The call that makes these numbers again."""
+    flags = ("network", "steps", "batch", "samples", "seeds", "nfes", "sid_steps", "sfd_steps", "sfd_nfes")
+    words = []
+    for name in flags:
+        value = settings[name]
+        shown = " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+        words.append(f"--{name.replace('_', '-')} {shown}")
+    return f"python benchmarks/digits.py {' '.join(words)}"
 
 
 def spread(values: list[float] | None) -> str:
