@@ -53,6 +53,15 @@ def exact_page(body: dict[str, Any]) -> str:
     )
 
 
+def floor_page(body: dict[str, Any]) -> str:
+    """Real data against real data."""
+    rows = [[k, f"{v['mean']:.3f} +- {v['sd']:.3f}", str(v["draws"])] for k, v in body.items() if k != "benchmark"]
+    return (
+        "## The floor of the Frechet distance on digits\n\nReal data against real data, mean and standard deviation "
+        "over draws. Command: `python benchmarks/digits_floor.py`.\n\n" + table(["what", "fd", "draws"], rows)
+    )
+
+
 def digits_page(body: dict[str, Any]) -> str:
     """A trained teacher, its samplers and its students."""
     names = {k.split("@")[0]: k for k in body["rows"][0] if "@" in k}
@@ -124,7 +133,7 @@ def main() -> None:
     parts = ["# Results\n\nWritten by `make docs` from `benchmarks/results/*.json`; each section names its command.\n"]
     for path in sorted(RESULTS.glob("*.json")):
         body = json.loads(path.read_text())
-        parts.append({"exact": exact_page, "digits": digits_page}[body["benchmark"]](body))
+        parts.append({"exact": exact_page, "digits": digits_page, "floor": floor_page}[body["benchmark"]](body))
     (DOCS / "results.md").write_text("\n".join(parts))
 
 

@@ -88,10 +88,10 @@ class Calibrate:
         Console(stderr=True).print(told, highlight=False, soft_wrap=True)
 
 
-def calibrate_generator(made: Generator, **options: object) -> Tableau:
+def calibrate_generator(made: Generator, **options: Any) -> Tableau:
     """:func:`calibrate` with a generator's own conditions; the result remembers which generator it was fitted to."""
     cond = None if made.conds is None else made.conds.draw(Noise.of(0, 1024).fold("calibrate"))
-    table = calibrate(made.denoiser, cond=cond, **options)  # type: ignore[arg-type]
+    table = calibrate(made.denoiser, cond=cond, **options)
     facts = {**table.meta["calibration"], "fingerprint": made.fingerprint()}
     return replace(table, meta={**table.meta, "calibration": json.loads(json.dumps(facts))})
 

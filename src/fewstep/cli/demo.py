@@ -31,7 +31,7 @@ from fewstep.measure import evaluate
 from fewstep.report.page import write_page
 from fewstep.report.pictures import save_strips
 from fewstep.report.plots import terminal_table
-from fewstep.report.results import Results, Row, Trajectories
+from fewstep.report.results import Group, Results, Row, Trajectories
 from fewstep.report.rows import converged, measure_sampler
 from fewstep.train import EDMTraining, train, untrained
 
@@ -132,7 +132,7 @@ class Demo:
         self,
         made: Generator,
         data: Data,
-        group: str,
+        group: Group,
         ends: Tensor | None,
         names: tuple[str, str, str | None],
         table: Tableau | None = None,
@@ -146,7 +146,7 @@ class Demo:
             table or made.sampler,
             data,
             name=name,
-            group=group,  # type: ignore[arg-type]
+            group=group,
             command=command.strip(),
             n=self.n,
             seed=self.seed + 1,

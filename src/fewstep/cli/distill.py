@@ -44,7 +44,7 @@ class Distill:
         out = flags.out or next_folder(f"distill-{self.name}")
         options = {**flags.options(), "recipe": clean(recipe_of("distill", self))}
         method: Any = self.settings  # type: ignore[attr-defined]
-        student = distill(teacher, method, pictures, out=out, **options)  # type: ignore[arg-type]
+        student = distill(teacher, method, pictures, out=out, **options)
         told = f"{out}: {student.sampler.nfe} evaluations; try `fewstep sample {out}`"
         if distributed.rank() == 0:
             Console(stderr=True).print(told, highlight=False)

@@ -41,7 +41,7 @@ class Methods:
         if self.name is None:
             shown = Table("method", "data", "what it is")
             for name, method in METHODS.items():
-                shown.add_row(name, "yes" if method.needs_data else "no", purpose(method))  # type: ignore[attr-defined]
+                shown.add_row(name, "yes" if method.needs_data else "no", purpose(method))
             console.print(shown)
             return
         console.print(Markdown(card(self.name)))

@@ -65,7 +65,7 @@ class Show:
 
     def _generator(self, console: Console, made: Generator) -> None:
         D = made.denoiser
-        count = sum(p.numel() for p in D.parameters())  # type: ignore[attr-defined]
+        count = sum(p.numel() for p in made.network.parameters())
         console.print(f"{self.path}: {tuple(D.shape)} pictures, {count:,} parameters, fingerprint {made.fingerprint()}")
         console.print(
             f"noise levels {D.sigma_min:g} to {D.sigma_max:g}, classes {made.conds or 'none'}", highlight=False

@@ -52,7 +52,7 @@ class RunFlags:
     resume: bool = False
     overwrite: bool = False
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """The keyword arguments of :func:`fewstep.train.train` that these flags are."""
         return {k: v for k, v in vars(self).items() if k != "out"}
 
@@ -89,7 +89,7 @@ class Train:
         start = untrained(pictures, self.network, seed=flags.seed, **size)
         out = flags.out or next_folder("train")
         options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
-        train(start, self.method, pictures, out=out, **options)  # type: ignore[arg-type]
+        train(start, self.method, pictures, out=out, **options)
         if distributed.rank() == 0:
             told = f"{out}: look at {out}/samples, try `fewstep sample {out}`"
             Console(stderr=True).print(told, highlight=False)

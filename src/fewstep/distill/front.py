@@ -15,7 +15,7 @@ from fewstep.distill.sid import SiD
 from fewstep.errors import InputError
 from fewstep.train.run import train
 
-METHODS: dict[str, type] = {"sfd": SFD, "sid": SiD}
+METHODS: dict[str, type[SFD] | type[SiD]] = {"sfd": SFD, "sid": SiD}
 
 
 def distill(
