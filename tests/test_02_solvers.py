@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import EDM, FLOW, TRIG, VP, CountingDenoiser, InputError, Mixture, Path, Tableau, sample
+from fewstep import EDM, FLOW, TRIG, VP, CountingDenoiser, InputError, Mixture, Noise, Path, Tableau, sample
 from fewstep.grid import karras
 from fewstep.solve import (
     SOLVERS,
@@ -36,6 +36,10 @@ TO_ZERO = torch.tensor([12.0, 9.0, 5.0, 3.2, 1.7, 1.2, 0.5, 0.2, 0.0], dtype=tor
 TO_MIN = TO_ZERO[:-1]
 UNEVEN = torch.tensor([9, 7, 4, 3.2, 1.7, 1.2, 0.5], dtype=torch.float64)
 Denoise = Callable[[Tensor, float], Tensor]
+# Evaluations a step of those that need more than one.
+TWO = ("heun", "edm_stochastic", "dpm2", "dpm2_ancestral", "dpmpp2s", "dpmpp2s_ancestral", "dpmpp_sde", "res")
+STAGES = dict.fromkeys(TWO, 2) | dict.fromkeys(("dpm3", "dpmpp3s", "dpm_single"), 3)
+QUIET = sorted(name for name in SOLVERS if not SOLVERS[name](TO_ZERO).noisy)
 
 
 @cache
@@ -345,22 +349,23 @@ def test_counted_evaluations(name: str, steps: int, to_zero: bool) -> None:
     table = SOLVERS[name](karras(steps, 0.02, 20.0, to_zero=to_zero))
     counted = CountingDenoiser(problem())
     x = 2 * start()
-    out = sample(counted, x, table)
+    out = sample(counted, x, table, noise=Noise.of(0, len(x)))
     assert counted.nfe == table.nfe
     assert counted.images == table.nfe * len(x)
-    assert table.nfe == ((2 * steps - 1 if to_zero else 2 * steps) if name == "heun" else steps)
+    stages = STAGES.get(name, 1)
+    assert table.nfe == stages * steps - (stages - 1 if to_zero else 0)
     assert (table.start, float(table.levels[-1])) == (20.0, 0.0 if to_zero else 0.02)
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("name", QUIET)
 def test_one_step_to_zero_is_the_denoised_start(name: str) -> None:
     x = 2 * start()
     found = sample(problem(), x, SOLVERS[name](torch.tensor([20.0, 0.0])))
     assert float((found - problem()(x, 20.0)).abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("name", QUIET)
 def test_every_solver_is_consistent(name: str) -> None:
     """A point mass at m with x = m + sigma n: every row's weights must carry both m and n to the next level."""
     table = SOLVERS[name](karras(9, 0.02, 1e8))
@@ -389,7 +394,7 @@ def test_a_solver_is_rebuilt_from_what_its_table_remembers() -> None:
         (lambda: euler(torch.tensor([1.0, -0.5])), "end at 0 or above"),
         (lambda: dpmpp(TO_MIN, 4), "orders 1, 2 and 3"),
         (lambda: ipndm(TO_MIN, 5), "orders 1, 2, 3 and 4"),
-        (lambda: build("dpmpp2n", TO_MIN), "did you mean 'dpmpp2m'"),
+        (lambda: build("dpmpp2n", TO_MIN), "did you mean .*'dpmpp2m'"),
         (lambda: build("euler", TO_MIN, order=3), "cannot take the options"),
     ],
 )

@@ -299,8 +299,10 @@ def test_devices_that_are_not_here(made: Generator, saved: Path, monkeypatch: py
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(made: Generator, tmp_path: Path) -> None:
     mixture = Mixture(torch.zeros(1, 2), 1.0)
     for wrong in (replace(made, denoiser=mixture), replace(made, codec=object())):  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="only a Precond with a Tableau and no codec"):
+        with pytest.raises(InputError, match="only a Precond without a codec"):
             wrong.save(tmp_path / "x")
+    with pytest.raises(InputError, match="a object cannot be stored"):
+        replace(made, sampler=object()).save(tmp_path / "x")  # type: ignore[arg-type]
     strange = replace(made, denoiser=Precond(torch.nn.Linear(2, 2), (2,)))
     with pytest.raises(InputError, match="Linear cannot be saved"):
         strange.save(tmp_path / "x")

@@ -154,7 +154,7 @@ BAD: list[tuple[str, str]] = [
     ("calibrate gen --nfe 0 --out new", "from 1 to .*got nfe=0"),
     ("calibrate gen --nfe 2 --trajectories 7 --out new", "at least 8 trajectories, got 7"),
     ("calibrate gen --nfe 2 --ridge -1 --out new", "ridge must be .* >= 0"),
-    ("calibrate gen --nfe 2 --batch 0 --out new", "--batch must be at least 1"),
+    ("calibrate gen --nfe 2 --batch 0 --out new", "--batch and --memory must be at least 1"),
     ("sample gen --sampler euler --sigma-min 3 --sigma-max 3 --out new", "0 < sigma_min < sigma_max.*3.0 and 3.0"),
     ("sample gen --sampler euler --sigma-min 4 --sigma-max 3 --out new", "0 < sigma_min < sigma_max.*4.0 and 3.0"),
     ("distill sfd --teacher gen --steps 0 --out new", "steps >= 1"),

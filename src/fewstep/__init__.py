@@ -1,6 +1,6 @@
 """fewstep: make a trained image generator fast and small, and prove that it is still good."""
 
-from fewstep import data, distill, grid, measure, models, solve, train
+from fewstep import data, distill, grid, guide, measure, models, solve, train
 from fewstep.core.cond import Batch, Classes, Cond
 from fewstep.core.denoiser import CountingDenoiser, Denoiser, Precond, edm
 from fewstep.core.exact import Mixture
@@ -10,11 +10,14 @@ from fewstep.core.path import COSINE, DDPM, EDM, FLOW, TRIG, VP, Path, to_x0
 from fewstep.core.sample import Sampler, Step, sample, trajectory
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, NonFiniteError
+from fewstep.guide import CFG
 from fewstep.solve.calibrate import calibrate
+from fewstep.tracing import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CFG",
     "COSINE",
     "DDPM",
     "EDM",
@@ -41,12 +44,14 @@ __all__ = [
     "distill",
     "edm",
     "grid",
+    "guide",
     "load",
     "measure",
     "models",
     "sample",
     "solve",
     "to_x0",
+    "trace",
     "train",
     "trajectory",
 ]

@@ -19,7 +19,18 @@ from fewstep.cli.base import from_json
 from fewstep.core.state import read_json
 from fewstep.errors import InputError, NonFiniteError, unknown
 
-COMMANDS = ("demo", "train", "sample", "calibrate", "distill", "evaluate", "show", "methods")
+COMMANDS = (
+    "demo",
+    "train",
+    "sample",
+    "calibrate",
+    "distill",
+    "evaluate",
+    "trace",
+    "compare-tableaux",
+    "show",
+    "methods",
+)
 
 USAGE = """fewstep: make a trained image generator fast and small, and prove that it is still good
 
@@ -29,6 +40,8 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep calibrate GENERATOR      fit a sampler of few evaluations to a generator, without training
   fewstep distill METHOD           train a student of few steps
   fewstep evaluate GENERATOR       score pictures against real ones
+  fewstep trace SCHEDULER -o FILE  a scheduler of diffusers as a tableau
+  fewstep compare-tableaux A B     where two tableaux differ, row by row
   fewstep show PATH                look at a tableau, a generator or a run
   fewstep methods [METHOD]         what can be distilled, with defaults and sources
 
@@ -72,11 +85,11 @@ def run(argv: list[str]) -> None:
         raise unknown("command", command, COMMANDS)
     recipe, rest = _recipe(command, rest)
     # Imported by name so that one command does not pay for the imports of all.
-    module: Any = import_module(f"fewstep.cli.{command}")
+    module: Any = import_module(f"fewstep.cli.{command.replace('-', '_')}")
     if command == "distill":
         kind, rest = module.command_for(rest, recipe)
     else:
-        kind = getattr(module, command.capitalize())
+        kind = getattr(module, "".join(part.capitalize() for part in command.split("-")))
     default = None if recipe is None else from_json(kind, recipe, "recipe arguments")
     parse(kind, command, rest, default).run()
 

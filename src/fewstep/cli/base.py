@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
+from torch import Tensor
 
 from fewstep import __version__
 from fewstep.core.generator import Generator
 from fewstep.core.sample import Sampler
 from fewstep.core.solver import SOLVERS, build
+from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
+from fewstep.guide import CFG
+from fewstep.solve.calibrate import report_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +31,34 @@ class SamplerFlags:
     """How to sample.
 
     Attributes:
-        sampler: a solver's name, a tableau's JSON file, or nothing for the generator's own.
-        steps: steps of the grid for a named solver (evaluations, except for Heun: about two a step).
-        grid: how the noise levels are spaced: karras, logsnr, vp_time or flow_shift.
+        sampler: a solver's name, a tableau's JSON file, the folder of a learned sampler, or nothing for the generator's
+            own.
+        option: KEY=VALUE is passed to the named solver, such as order=3 or eta=0.5; may be repeated.
+        steps: steps of the grid for a named solver (evaluations, except for solvers with several a step).
+        grid: how the noise levels are spaced: karras, logsnr, polyexponential, cosine, beta, vp_time, flow_shift,
+            discrete or ays.
+        grid_option: KEY=VALUE is passed to the grid, such as shift=2 or spacing=leading; may be repeated.
         rho: of the karras grid.
         sigma_min: last positive noise level; the generator's own without one.
         sigma_max: first noise level; the generator's own without one.
-        force: runs a tableau that was fitted to another generator.
+        guidance: scale of classifier-free guidance; 1 is none.
+        force: runs a sampler that was fitted to another generator or to other noise levels.
     """
 
     sampler: str | None = None
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     steps: int | None = None
     grid: str = "karras"
+    grid_option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     rho: float = 7.0
     sigma_min: float | None = None
     sigma_max: float | None = None
+    guidance: float = 1.0
     force: bool = False
+
+    def guided(self, generator: Generator) -> Generator:
+        """The generator under the guidance asked for."""
+        return with_guidance(generator, self.guidance)
 
     def resolve(self, generator: Generator) -> tuple[str, Sampler]:
         """The sampler's name and the sampler.
@@ -52,40 +71,68 @@ class SamplerFlags:
             if self.steps is not None:
                 raise InputError("--steps needs a named --sampler: the generator's own has its own number of steps")
             return str(getattr(generator.sampler, "name", "sampler")), generator.sampler
-        if self.sampler.endswith(".json") or Path(self.sampler).is_file():
+        if self.sampler.endswith(".json") or Path(self.sampler).exists():
             return self._from_file(generator)
         if self.sampler not in SOLVERS:
             raise InputError(f"{unknown('sampler', self.sampler, SOLVERS)}; or the path of a tableau's .json")
+        low = D.sigma_min if self.sigma_min is None else self.sigma_min
+        high = D.sigma_max if self.sigma_max is None else self.sigma_max
+        levels = self.levels(18 if self.steps is None else self.steps, low, high)
+        made = build(self.sampler, levels, **pairs("--option", self.option))
+        return made.name, made
+
+    def levels(self, steps: int, low: float, high: float) -> Tensor:
+        """The grid asked for, between two noise levels."""
         if self.grid not in GRIDS:
             raise unknown("grid", self.grid, GRIDS)
         options = {"rho": self.rho} if self.grid == "karras" else {}
-        low = D.sigma_min if self.sigma_min is None else self.sigma_min
-        high = D.sigma_max if self.sigma_max is None else self.sigma_max
-        steps = 18 if self.steps is None else self.steps
-        made = build(self.sampler, grid(self.grid, steps, low, high, **options))
-        return made.name, made
+        return grid(self.grid, steps, low, high, **options, **pairs("--grid-option", self.grid_option))
 
     def _from_file(self, generator: Generator) -> tuple[str, Sampler]:
         assert self.sampler is not None
-        if self.steps is not None:
-            raise InputError(f"--steps does not go with the tableau {self.sampler}: it has its own steps")
-        path = Path(self.sampler)
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: --sampler takes a solver's name or a tableau's .json")
-        try:
-            table = Tableau.from_json(path.read_text())
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is not a tableau: it is not text") from None
-        facts = table.meta.get("calibration", {})
-        made_for = facts.get("fingerprint") if isinstance(facts, dict) else None
-        if not self.force and made_for not in (None, generator.fingerprint()):
-            raise InputError(f"{path} was fitted to another generator ({made_for}): calibrate anew, or pass --force")
-        if not self.force and table.start > 1.01 * generator.denoiser.sigma_max:
-            top = generator.denoiser.sigma_max
-            raise InputError(
-                f"{path} starts at sigma {table.start:g}, the generator ends at {top:g}: pass --force to run it"
-            )
-        return table.name, table
+        if self.steps is not None or self.option or self.grid_option:
+            raise InputError(f"--steps and options do not go with the file {self.sampler}: it has its own steps")
+        found = load_sampler(self.sampler)
+        if not self.force:
+            check_fits(found, generator, self.sampler)
+        return str(getattr(found, "name", "sampler")), found
+
+
+def check_fits(sampler: Sampler, generator: Generator, place: str) -> None:
+    """Refuses a sampler that was made for something else.
+
+    Raises:
+        InputError: it was fitted to another generator or guidance, or it uses noise levels that the generator lacks.
+    """
+    facts, D = report_of(sampler), generator.denoiser
+    made_for = facts.get("fingerprint")
+    if made_for not in (None, generator.fingerprint()):
+        fitted = facts.get("guidance", 1.0)
+        raise InputError(
+            f"{place} was fitted to another generator or guidance (fingerprint {made_for}, guidance {fitted:g}): "
+            "calibrate anew, or pass --force"
+        )
+    levels = [sampler.start]
+    if isinstance(sampler, Tableau):
+        levels += sampler.sigmas[~sampler.sigmas.isnan()].tolist()
+    if max(levels) > 1.01 * D.sigma_max or min(levels) < 0.99 * D.sigma_min:
+        raise InputError(
+            f"{place} uses noise levels from {min(levels):g} to {max(levels):g}, the generator knows those from "
+            f"{D.sigma_min:g} to {D.sigma_max:g}: pass --force to run it all the same"
+        )
+
+
+def with_guidance(generator: Generator, scale: float) -> Generator:
+    """The generator under classifier-free guidance; itself for scale 1.
+
+    Raises:
+        InputError: an unconditional generator, or a bad scale.
+    """
+    if scale == 1:
+        return generator
+    if generator.conds is None:
+        raise InputError(f"--guidance {scale:g} needs a generator with classes: this one is unconditional")
+    return dataclasses.replace(generator, denoiser=CFG(generator.denoiser, scale))
 
 
 def next_folder(command: str) -> Path:
@@ -160,3 +207,29 @@ def from_json(kind: Any, value: Any, where: str = "recipe") -> Any:
             raise InputError(f"{where}: expected {len(each)} values, got {value!r}")
         return tuple(from_json(p, v, where) for p, v in zip(each, value, strict=True))
     return Path(value) if kind is Path else value
+
+
+def pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` words as a mapping; a value is JSON, or text where it is no JSON.
+
+    Raises:
+        InputError: a word without ``=`` or without a key.
+    """
+    found: dict[str, Any] = {}
+    for word in given:
+        key, equals, text = word.partition("=")
+        if not key or not equals:
+            raise InputError(f"{flag} takes KEY=VALUE, got {word!r}")
+        found[key] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    # Python's spelling is what a reader of diffusers' own pages would write.
+    known = {"True": True, "False": False, "None": None}
+    if text in known:
+        return known[text]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,9 +1,10 @@
-"""``fewstep calibrate``: a sampler of few evaluations fitted to a generator, without training."""
+"""``fewstep calibrate``: a sampler of few evaluations for a generator, without training it."""
 
 from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +12,15 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from fewstep.cli.base import next_folder, recipe_of
+from fewstep.cli.base import next_folder, pairs, recipe_of, with_guidance
+from fewstep.core.denoiser import Wrapper
+from fewstep.core.figure import error_figure
 from fewstep.core.generator import Generator, load
 from fewstep.core.noise import Noise
-from fewstep.core.state import Run, write_bytes, write_text
+from fewstep.core.options import Budget
+from fewstep.core.sample import Sampler
+from fewstep.core.state import Run, write_bytes
+from fewstep.core.stored import save_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
@@ -23,17 +29,22 @@ from fewstep.solve.calibrate import calibrate, check_request
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Fits a tableau in closed form to a handful of the generator's own trajectories.
+    """Fits, searches or learns a sampler on a handful of the generator's own trajectories.
 
     Attributes:
         generator: its folder.
         nfe: evaluations per picture.
-        grid: karras, logsnr, vp_time or flow_shift; "chosen" also fits the noise levels.
-        trajectories: how many are followed; a quarter of them chooses levels and ridge.
-        ridge: strength that pulls towards the solver it starts from; chosen without one.
+        method: least-squares, gits, amed, amed-plugin, usf, epd, aligner or gaussian.
+        budget: how long it may take, such as 60s or 5m; without one the result depends on the flags alone.
+        grid: a grid's name such as karras or logsnr; "chosen" leaves the noise levels to the method.
+        guidance: scale of the classifier-free guidance that the sampler is made for; 1 is none.
+        trajectories: how many are followed; a quarter of them is for choices.
+        ridge: least-squares: strength that pulls towards the solver it starts from; chosen without one.
+        searches: least-squares: trials of moved levels.
+        option: KEY=VALUE is passed to the method, such as refinements=4 or base=dpmpp2m; may be repeated.
         seed: of the trajectories.
-        searches: trials of moved levels, for the chosen grid.
         batch: pictures at a time.
+        memory: bytes that stored trajectories may take; of larger pictures a part of the pixels is kept.
         out: run folder; runs/calibrate-<number> without one.
         device: cpu, cuda, cuda:1 or mps.
         overwrite: deletes an earlier run in out.
@@ -41,64 +52,93 @@ class Calibrate:
 
     generator: Annotated[Path, tyro.conf.Positional]
     nfe: int = 5
+    method: str = "least-squares"
+    budget: str | None = None
     grid: str = "chosen"
+    guidance: float = 1.0
     trajectories: int = 256
     ridge: float | Literal["auto"] = "auto"
-    seed: int = 0
     searches: int = 60
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    seed: int = 0
     batch: int = 1024
+    memory: int = 1 << 30
     out: Path | None = None
     device: str = "cpu"
     overwrite: bool = False
 
     def run(self) -> None:
         """Runs the command."""
-        made = load(self.generator, device=self.device)
+        made = with_guidance(load(self.generator, device=self.device), self.guidance)
         D = made.denoiser
         if self.grid != "chosen" and self.grid not in GRIDS:
             raise unknown("grid", self.grid, ("chosen", *GRIDS))
-        if self.batch < 1 or self.searches < 0:
-            raise InputError(f"--batch must be at least 1 and --searches 0, got {self.batch} and {self.searches}")
+        if self.batch < 1 or self.searches < 0 or self.memory < 1:
+            raise InputError(
+                f"--batch and --memory must be at least 1 and --searches 0, got {self.batch}, {self.memory} and "
+                f"{self.searches}"
+            )
         where: dict[str, Any] = (
             {"nfe": self.nfe}
             if self.grid == "chosen"
             else {"sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)}
         )
-        check_request(where.get("nfe"), where.get("sigmas"), self.trajectories, self.ridge)
-        out = self.out or next_folder("calibrate")
-        run = Run.open(out, recipe_of("calibrate", self), overwrite=self.overwrite)
-        table = calibrate_generator(
+        options = pairs("--option", self.option)
+        if self.method == "least-squares":
+            options = {"ridge": self.ridge, "searches": self.searches, **options}
+        elif self.ridge != "auto":
+            raise InputError(f"--ridge belongs to --method least-squares, not to {self.method}")
+        check_request(where.get("nfe"), where.get("sigmas"), self.trajectories, self.method, options)
+        seconds = self.seconds()
+        run = Run.open(self.out or next_folder("calibrate"), recipe_of("calibrate", self), overwrite=self.overwrite)
+        clock = time.perf_counter()
+        sampler = calibrate_generator(
             made,
+            method=self.method,
+            budget=seconds,
             trajectories=self.trajectories,
-            ridge=self.ridge,
             seed=self.seed,
-            searches=self.searches,
             batch=self.batch,
+            memory=self.memory,
             progress=True,
             **where,
+            **options,
         )
-        save_tableau(table, run.folder)
-        facts = table.meta["calibration"]
-        run.log({"step": 0, **facts})
+        place = save_calibrated(sampler, run.folder)
+        facts = sampler.meta["calibration"]
+        spent = time.perf_counter() - clock
+        run.log({"step": 0, "seconds": round(spent, 2), **facts})
         told = (
-            f"{run.folder}/tableau.json: {facts['nfe']} evaluations; RMSE to the teacher's own end points on "
+            f"{place}: {facts['nfe']} evaluations, made in {spent:.1f} s; RMSE to the teacher's own end points on "
             f"{facts['check_trajectories']} fresh trajectories: {facts['check_rmse_fitted']:.4f}, "
-            f"{facts['started_from']} on the same levels: {facts['check_rmse_start']:.4f}; kept the {facts['kept']}"
+            f"{facts['started_from']} that it started from: {facts['check_rmse_start']:.4f}; kept the {facts['kept']}"
         )
         Console(stderr=True).print(told, highlight=False, soft_wrap=True)
 
+    def seconds(self) -> float | None:
+        """The budget in seconds."""
+        if self.budget is None:
+            return None
+        found = Budget.parse(self.budget)
+        if found.unit != "seconds":
+            raise InputError(f"--budget of a calibration is a time such as 60s or 5m, got {self.budget!r}")
+        return found.amount
 
-def calibrate_generator(made: Generator, **options: Any) -> Tableau:
-    """:func:`calibrate` with a generator's own conditions; the result remembers which generator it was fitted to."""
+
+def calibrate_generator(made: Generator, **options: Any) -> Any:
+    """:func:`calibrate` with a generator's own conditions; the result remembers which generator it was made for."""
     cond = None if made.conds is None else made.conds.draw(Noise.of(0, 1024).fold("calibrate"))
-    table = calibrate(made.denoiser, cond=cond, **options)
-    facts = {**table.meta["calibration"], "fingerprint": made.fingerprint()}
-    return replace(table, meta={**table.meta, "calibration": json.loads(json.dumps(facts))})
+    sampler = calibrate(made.denoiser, cond=cond, **options)
+    scale = made.denoiser.scale if isinstance(made.denoiser, Wrapper) and hasattr(made.denoiser, "scale") else 1.0
+    facts = {**sampler.meta["calibration"], "fingerprint": made.fingerprint(), "guidance": scale}
+    return replace(sampler, meta={**sampler.meta, "calibration": json.loads(json.dumps(facts))})
 
 
-def save_tableau(table: Tableau, folder: Path) -> None:
-    """Writes ``tableau.json`` and its picture."""
-    write_text(folder / "tableau.json", table.to_json() + "\n")
+def save_calibrated(sampler: Sampler, folder: Path) -> Path:
+    """Writes the sampler (``tableau.json``, or the files of another kind) and its picture; returns what opens it."""
+    place = save_sampler(sampler, folder / "tableau.json" if isinstance(sampler, Tableau) else folder / "sampler")
+    figure = sampler.plot() if isinstance(sampler, Tableau) else error_figure(sampler)
     held = io.BytesIO()
-    table.plot().savefig(held, format="png", dpi=150)
-    write_bytes(folder / "tableau.png", held.getvalue())
+    figure.savefig(held, format="png", dpi=150)
+    write_bytes(folder / f"{'tableau' if isinstance(sampler, Tableau) else 'sampler'}.png", held.getvalue())
+    return place

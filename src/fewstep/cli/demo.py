@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.cli.base import recipe_of
-from fewstep.cli.calibrate import calibrate_generator, save_tableau
+from fewstep.cli.calibrate import calibrate_generator, save_calibrated
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.role import Ema, Optim
@@ -168,7 +168,7 @@ class Demo:
         tables = []
         for nfe in self.nfes:
             table = calibrate_generator(teacher, nfe=nfe, seed=self.seed)
-            save_tableau(table, self.out / f"calibrated-{nfe}")
+            save_calibrated(table, self.out / f"calibrated-{nfe}")
             tables.append(table)
         return tables
 

@@ -62,7 +62,7 @@ class Evaluate:
                 raise unknown("metric", name, METRICS)
         if self.n < 1 or self.batch < 1:
             raise InputError(f"--n and --batch must be at least 1, got {self.n} and {self.batch}")
-        made = load(self.generator, device=self.device)
+        made = self.flags.guided(load(self.generator, device=self.device))
         label, sampler = self.flags.resolve(made)
         pictures = load_data(self.data, resize=self.resize)
         if pictures.shape != tuple(made.denoiser.shape):

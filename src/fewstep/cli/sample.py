@@ -53,7 +53,7 @@ class Sample:
 
     def run(self) -> None:
         """Runs the command."""
-        made = load(self.generator, device=self.device)
+        made = self.flags.guided(load(self.generator, device=self.device))
         name, sampler = self.flags.resolve(made)
         if self.n < 1:
             raise InputError(f"--n must be at least 1, got {self.n}")

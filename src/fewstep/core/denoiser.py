@@ -88,8 +88,12 @@ class Precond(nn.Module):
         u = self.path.at(sigma)
         c, k = x0_weights(self.path, self.predicts, u)
         a = self.path.coeffs(u).a
-        time = TIME_MAPS[self.time](u, sigma).to(x.device, torch.float32)
-        time = time.expand(len(x)) if time.ndim == 0 else time.reshape(len(x), -1)[:, 0]
+        time = TIME_MAPS[self.time](u, sigma)
+        if time.ndim == 0:
+            # Adding a number of the host copies nothing: nothing waits for the device, and a graph can capture it.
+            time = torch.zeros(len(x), device=x.device) + time
+        else:
+            time = time.to(x.device, torch.float32).reshape(len(x), -1)[:, 0]
         x_in = (widen(a * self.scale_in, x) * x).to(next(self.net.parameters()).dtype)
         out = self.net(x_in, time, cond or {})
         return widen(c * a, x) * x + widen(k * self.scale_out, x) * out.to(x.dtype)
@@ -165,6 +169,23 @@ class Wrapper:
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """See :class:`Denoiser`."""
         return self.denoiser(x, sigma, cond)
+
+    @property
+    def inner(self) -> Denoiser:
+        """What lies under all wrappers."""
+        return self.denoiser.inner if isinstance(self.denoiser, Wrapper) else self.denoiser
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: this wrapper's own numbers and what it wraps."""
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
+        of = self.denoiser.describe() if isinstance(self.denoiser, Precond | Wrapper) else type(self.denoiser).__name__
+        return {"wrapper": type(self).__name__, **plain, "of": of}
+
+
+def module_of(D: Denoiser) -> nn.Module | None:
+    """The network under all wrappers, or None for a denoiser without one."""
+    inner = D.inner if isinstance(D, Wrapper) else D
+    return inner if isinstance(inner, nn.Module) else None
 
 
 class CountingDenoiser(Wrapper):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,4 +45,25 @@ def tableau_figure(tableau: Tableau) -> Figure:
     names = [f"{a:.3g} → {b:.3g} {c}" for a, b, c in zip(levels[:-1], levels[1:], calls, strict=True)]
     axes[0].set_yticks(range(rows), names, fontsize=8)
     figure.suptitle(f"{tableau.name}: {tableau.nfe} evaluations (*)", fontsize=10)
+    return figure
+
+
+def error_figure(sampler: Any) -> Figure:
+    """Of a sampler that is no table: its error on fresh trajectories before and after it was learned."""
+    from matplotlib.figure import Figure
+
+    facts = sampler.meta["calibration"]
+    figure = Figure(figsize=(4.2, 1.8), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh(
+        [f"{facts['started_from']}, before", f"{sampler.name}, after"],
+        [facts["check_rmse_start"], facts["check_rmse_fitted"]],
+        color=["#9a9a9a", "#3b6fb6"],
+    )
+    axis.bar_label(bars, fmt="%.4f", padding=3, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set_xlabel("RMSE to the teacher's end points, fresh trajectories", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
     return figure

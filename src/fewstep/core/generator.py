@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from fewstep.core.cond import Classes, Cond, take
-from fewstep.core.denoiser import Denoiser, Precond, build_precond
+from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_precond, module_of
 from fewstep.core.noise import Noise
 from fewstep.core.sample import OnStep, Sampler
 from fewstep.core.state import load_tensors, load_weights, read_json, save_tensors, write_text
+from fewstep.core.stored import load_sampler, save_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError
 
 CONFIG, WEIGHTS, SAMPLER = "fewstep.json", "student.safetensors", "sampler.json"
+# Of a sampler that is no table.
+SAMPLER_FOLDER = "sampler"
 FORMAT = "fewstep-generator/1"
 
 
@@ -53,9 +56,8 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the network lives."""
-        if isinstance(self.denoiser, torch.nn.Module):
-            return next(self.denoiser.parameters()).device
-        return torch.device("cpu")
+        module = module_of(self.denoiser)
+        return torch.device("cpu") if module is None else next(module.parameters()).device
 
     @property
     def network(self) -> torch.nn.Module:
@@ -74,8 +76,9 @@ class Generator:
         Raises:
             InputError: there is no such device here.
         """
-        if isinstance(self.denoiser, torch.nn.Module):
-            self.denoiser.to(check_device(device))
+        place, module = check_device(device), module_of(self.denoiser)
+        if module is not None:
+            module.to(place)
         return self
 
     def conditions(self, cond: Cond | None, noise: Noise) -> dict[str, Tensor]:
@@ -132,10 +135,11 @@ class Generator:
 
     def fingerprint(self) -> str:
         """16 hex digits of the weights and the description: which network a fitted sampler belongs to."""
-        if not isinstance(self.denoiser, Precond):
+        module = module_of(self.denoiser)
+        if not isinstance(module, Precond) or not isinstance(self.denoiser, Precond | Wrapper):
             raise InputError(f"{type(self.denoiser).__name__} has no fingerprint: only a Precond's weights can be read")
         digest = sha256(json.dumps(self.denoiser.describe(), sort_keys=True).encode())
-        for name, tensor in sorted(self.denoiser.state_dict().items()):
+        for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -147,16 +151,21 @@ class Generator:
             InputError: a network, codec or sampler without a description, or a place that cannot be written.
         """
         folder = Path(folder)
-        if not isinstance(self.denoiser, Precond) or not isinstance(self.sampler, Tableau) or self.codec is not None:
-            raise InputError("only a Precond with a Tableau and no codec can be saved as a fewstep folder")
+        if not isinstance(self.denoiser, Precond) or self.codec is not None:
+            raise InputError("only a Precond without a codec can be saved as a fewstep folder")
         body = {
             "format": FORMAT,
             "denoiser": self.denoiser.describe(),
             "classes": None if self.conds is None else asdict(self.conds),
             "card": self.card,
         }
+        # The sampler first, because it may be of a kind that cannot be stored.
+        if isinstance(self.sampler, Tableau):
+            save_sampler(self.sampler, folder / SAMPLER)
+        else:
+            save_sampler(self.sampler, folder / SAMPLER_FOLDER)
+            (folder / SAMPLER).unlink(missing_ok=True)
         save_tensors(folder / WEIGHTS, self.denoiser.state_dict())
-        write_text(folder / SAMPLER, self.sampler.to_json() + "\n")
         # Last, because a folder counts as a generator once this file is there.
         write_text(folder / CONFIG, json.dumps(body, indent=2) + "\n")
         return folder
@@ -174,16 +183,17 @@ class Generator:
         body = read_json(folder / CONFIG)
         if body.get("format") != FORMAT:
             raise InputError(f"{folder / CONFIG} has format {body.get('format')!r}, expected {FORMAT!r}")
-        place = check_device(device)
+        here = check_device(device)
         try:
-            denoiser = build_precond(body["denoiser"]).to(place)
+            denoiser = build_precond(body["denoiser"]).to(here)
             classes = body.get("classes")
             conds = None if classes is None else Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
-            sampler = Tableau.from_json((folder / SAMPLER).read_text())
+            place = folder / SAMPLER if (folder / SAMPLER).is_file() else folder / SAMPLER_FOLDER
+            if not place.exists():
+                raise InputError(f"{folder} is incomplete: it has no {SAMPLER}")
+            sampler = load_sampler(place)
         except InputError:
             raise
-        except FileNotFoundError:
-            raise InputError(f"{folder} is incomplete: it has no {SAMPLER}") from None
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is damaged: {CONFIG} or {SAMPLER} lacks or garbles {error}") from None
         load_weights(denoiser, load_tensors(folder / WEIGHTS), folder / WEIGHTS)

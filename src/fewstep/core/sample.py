@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.core.cond import Cond
+from fewstep.core.cond import Cond, cat
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.noise import Noise
 from fewstep.core.tableau import Row, Tableau
@@ -33,6 +33,11 @@ class Sampler(Protocol):
     @property
     def start(self) -> float:
         """The noise level of the start."""
+        ...
+
+    @property
+    def end(self) -> float:
+        """The noise level of the result, 0 for a picture."""
         ...
 
     @property
@@ -62,17 +67,19 @@ def sample(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
     grad: bool = False,
+    parallel: bool = False,
 ) -> Tensor:
     """Runs a table from ``x`` (B, *shape), a point at ``tableau.levels[0]`` such as ``sigma_max * n``.
 
     The state is float32, or float64 if ``x`` is. ``on_step`` sees every point as it is reached; ``grad=True`` keeps
-    the graph through all steps.
+    the graph through all steps; ``parallel=True`` evaluates points that do not wait for each other as one larger batch
+    (see :attr:`Tableau.waves`), which trades memory for latency.
 
     Raises:
         InputError: the table adds noise and none was given, or the batch of ``noise`` is another.
     """
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        for step in _run(D, x, tableau, cond, noise, grad):
+        for step in _run(D, x, tableau, cond, noise, grad, parallel):
             if on_step is not None:
                 on_step(step)
             end = step.point if step.k == tableau.rows else None
@@ -97,40 +104,84 @@ def trajectory(
 
 
 def _run(
-    D: Denoiser, x: Tensor, tableau: Tableau, cond: Cond | None, noise: Noise | None, grad: bool
+    D: Denoiser, x: Tensor, tableau: Tableau, cond: Cond | None, noise: Noise | None, grad: bool, parallel: bool = False
 ) -> Iterator[Step]:
     if tableau.noisy and noise is None:
         raise InputError(f"sampler {tableau.name!r} adds noise: pass noise=Noise.of(seed, {len(x)})")
     if noise is not None and len(noise) != len(x):
         raise InputError(f"noise has {len(noise)} sources for {len(x)} samples: they must be as many")
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    points, outputs, noises = {0: x}, dict[int, Tensor](), dict[int, Tensor]()
-    for k, row in enumerate(tableau.plan):
-        if row.sigma is not None:
-            outputs[k] = D(points[k], row.sigma, cond).to(x.dtype)
-        yield Step(k, row.level, points[k], outputs.get(k))
-        if row.draw and noise is not None:
-            noises[k] = noise.normal(x.shape[1:], "step", k, dtype=x.dtype).to(x.device)
-        following = _combine(row, points, outputs, noises, grad)
-        for i in row.drop_points:
-            del points[i]
-        for i in row.drop_outputs:
-            del outputs[i]
+    held = _Held(x if x.dtype in (torch.float32, torch.float64) else x.float(), noise, grad)
+    if parallel and max(tableau.waves) > 1:
+        yield from _run_waves(D, tableau, cond, held)
+    else:
+        for k, row in enumerate(tableau.plan):
+            if row.sigma is not None:
+                held.outputs[k] = D(held.points[k], row.sigma, cond).to(held.dtype)
+            yield Step(k, row.level, held.points[k], held.outputs.get(k))
+            held.points[k + 1] = held.follow(k, row)
+    yield Step(tableau.rows, float(tableau.levels[-1]), held.points[tableau.rows], None)
+
+
+def _run_waves(D: Denoiser, tableau: Tableau, cond: Cond | None, held: _Held) -> Iterator[Step]:
+    """The rows of a wave do not wait for each other's outputs: their points are formed first and evaluated as one."""
+    k = 0
+    while k < tableau.rows:
+        wave = range(k, k + tableau.waves[k])
+        rows = [tableau.plan[i] for i in wave]
+        for i, row in zip(wave[:-1], rows[:-1], strict=True):
+            held.points[i + 1] = held.combine(row)
+        calls = [i for i, row in zip(wave, rows, strict=True) if row.sigma is not None]
+        if calls:
+            points = [held.points[i] for i in calls]
+            sigmas = torch.stack([tableau.sigmas[i] for i in calls]).repeat_interleave(len(points[0]))
+            many = cat([cond] * len(calls)) if cond else cond
+            outs = D(torch.cat(points), sigmas.to(points[0].device), many).to(held.dtype).split(len(points[0]))
+            held.outputs.update(zip(calls, outs, strict=True))
+        for i, row in zip(wave, rows, strict=True):
+            yield Step(i, row.level, held.points[i], held.outputs.get(i))
+        following = held.combine(rows[-1])
+        for row in rows:
+            held.forget(row)
+        held.points[wave[-1] + 1] = following
+        k = wave[-1] + 1
+
+
+class _Held:
+    """What a run still needs: points, outputs and noises by row."""
+
+    def __init__(self, x: Tensor, noise: Noise | None, grad: bool) -> None:
+        self.dtype, self.noise, self.grad = x.dtype, noise, grad
+        self.points: dict[int, Tensor] = {0: x}
+        self.outputs: dict[int, Tensor] = {}
+        self.noises: dict[int, Tensor] = {}
+
+    def combine(self, row: Row) -> Tensor:
+        """The weighted sum of a row without its noises, in one fused operation per term."""
+        total: Tensor | None = None
+        for source, weights in ((self.points, row.points), (self.outputs, row.outputs)):
+            for i, w in weights:
+                total = source[i] * w if total is None else self._add(total, source[i], w)
+        return torch.zeros_like(next(iter(self.points.values()))) if total is None else total
+
+    def follow(self, k: int, row: Row) -> Tensor:
+        """The next point; forgets what no later row needs before it draws the row's noise."""
+        total = self.combine(row)
+        self.forget(row)
+        if row.draw and self.noise is not None:
+            drawn = self.noise.normal(total.shape[1:], "step", k, dtype=total.dtype)
+            self.noises[k] = drawn.to(total.device)
+        for i, w in row.noises:
+            total = self._add(total, self.noises[i], w)
         for i in row.drop_noises:
-            del noises[i]
-        points[k + 1] = following
-    yield Step(tableau.rows, float(tableau.levels[-1]), points[tableau.rows], None)
+            del self.noises[i]
+        return total
 
+    def forget(self, row: Row) -> None:
+        """Drops the points and outputs that ``row`` is the last to need."""
+        for i in row.drop_points:
+            del self.points[i]
+        for i in row.drop_outputs:
+            del self.outputs[i]
 
-def _combine(
-    row: Row, points: dict[int, Tensor], outputs: dict[int, Tensor], noises: dict[int, Tensor], grad: bool
-) -> Tensor:
-    """The weighted sum of a row, in one fused operation per term."""
-    terms = [(points[i], w) for i, w in row.points]
-    terms += [(outputs[i], w) for i, w in row.outputs] + [(noises[i], w) for i, w in row.noises]
-    if not terms:
-        return torch.zeros_like(points[max(points)])
-    total = terms[0][0] * terms[0][1]
-    for tensor, weight in terms[1:]:
-        total = torch.add(total, tensor, alpha=weight) if grad else total.add_(tensor, alpha=weight)
-    return total
+    def _add(self, total: Tensor, term: Tensor, weight: float) -> Tensor:
+        return torch.add(total, term, alpha=weight) if self.grad else total.add_(term, alpha=weight)

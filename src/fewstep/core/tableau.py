@@ -115,6 +115,11 @@ class Tableau:
         return float(self.levels[0])
 
     @property
+    def end(self) -> float:
+        """The noise level of the result: 0 for a picture."""
+        return float(self.levels[-1])
+
+    @property
     def nfe(self) -> int:
         """Number of denoiser evaluations."""
         return int((~self.sigmas.isnan()).sum())
@@ -134,10 +139,37 @@ class Tableau:
         """The most state-sized tensors that are held at once, beside a row's running sum and the caller's own start."""
         held, most = 1, 1
         for row in self.plan:
-            held += int(row.sigma is not None) + int(row.draw)
+            held += int(row.sigma is not None)
             most = max(most, held)
-            held -= len(row.drop_points) + len(row.drop_outputs) + len(row.drop_noises) - int(row.keep)
+            held += int(row.draw) - len(row.drop_points) - len(row.drop_outputs)
+            most = max(most, held)
+            held += int(row.keep) - len(row.drop_noises)
         return most
+
+    @cached_property
+    def waves(self) -> tuple[int, ...]:
+        """For each row that starts one, how many rows can be evaluated as one batch; 0 for the rows inside a wave.
+
+        Rows belong together while none of them weighs an output of the wave but the last, and none but the last adds
+        noise. Ones everywhere, except for samplers with parallel evaluations.
+        """
+        sizes, k = [0] * self.rows, 0
+        while k < self.rows:
+            stop = k + 1
+            while stop < self.rows and self._early(stop - 1, k):
+                stop += 1
+            sizes[k], k = stop - k, stop
+        return tuple(sizes)
+
+    def _early(self, row: int, first: int) -> bool:
+        """Whether the point that ``row`` makes needs no output of rows ``first`` and later, and no noise."""
+        return not self.W[row, : row - first + 1].any() and not self.Z[row].any()
+
+    @property
+    def latency(self) -> int:
+        """Evaluations one after the other when those of a wave run as one batch."""
+        called = (~self.sigmas.isnan()).tolist()
+        return sum(any(called[k : k + size]) for k, size in enumerate(self.waves) if size)
 
     @cached_property
     def plan(self) -> tuple[Row, ...]:
@@ -177,11 +209,12 @@ class Tableau:
         noise: Noise | None = None,
         on_step: OnStep | None = None,
         grad: bool = False,
+        parallel: bool = False,
     ) -> Tensor:
         """Runs the table: a Tableau is a Sampler. See :func:`fewstep.core.sample.sample`."""
         from fewstep.core.sample import sample
 
-        return sample(D, x, self, cond, noise=noise, on_step=on_step, grad=grad)
+        return sample(D, x, self, cond, noise=noise, on_step=on_step, grad=grad, parallel=parallel)
 
     def __getitem__(self, rows: slice) -> Tableau:
         """The rows of a slice (step 1) as a table of their own, starting at ``levels[rows.start]``.

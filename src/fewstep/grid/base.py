@@ -19,6 +19,18 @@ def check_range(steps: int, sigma_min: float, sigma_max: float) -> None:
         raise InputError(f"a grid needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}")
 
 
+def check_falling(levels: Tensor, what: str) -> Tensor:
+    """The levels themselves. Raises InputError if two neighbours coincide in float64, as extreme options can make."""
+    flat = (~(levels.diff() < 0)).nonzero()
+    if len(flat):
+        i = int(flat[0])
+        raise InputError(
+            f"{what} has level {i} at {levels[i]:g} and level {i + 1} at {levels[i + 1]:g}, which must be lower: "
+            "take fewer steps or milder options"
+        )
+    return levels
+
+
 def warped(
     steps: int,
     sigma_min: float,
@@ -27,7 +39,10 @@ def warped(
     inverse: Callable[[Tensor], Tensor],
     to_zero: bool,
 ) -> Tensor:
-    """(steps + 1,) levels evenly spaced in ``forward(sigma)``, the ends exact; refining keeps the points."""
+    """(steps + 1,) levels evenly spaced in ``forward(sigma)``, the ends exact; refining keeps the points.
+
+    Raises InputError for bad ranges, and where rounding makes two levels equal.
+    """
     check_range(steps, sigma_min, sigma_max)
     count = steps if to_zero else steps + 1
     ends = forward(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
@@ -35,4 +50,4 @@ def warped(
     levels[0] = sigma_max
     if count > 1:
         levels[-1] = sigma_min
-    return torch.cat([levels, levels.new_zeros(1)]) if to_zero else levels
+    return check_falling(torch.cat([levels, levels.new_zeros(1)]) if to_zero else levels, "the grid")

@@ -6,9 +6,21 @@ import math
 
 from torch import Tensor
 
-from fewstep.core.path import VPPath
+from fewstep.core.path import Path, VPPath
 from fewstep.errors import InputError
 from fewstep.grid.base import check_range, warped
+
+
+def time(steps: int, sigma_min: float, sigma_max: float, *, path: Path, to_zero: bool = True) -> Tensor:
+    """Evenly spaced in the time ``u`` of ``path``, from ``path.at(sigma_max)`` to ``path.at(sigma_min)``.
+
+    This is the grid that samples a model as it was trained. On a ``DDPM`` path the indices are fractional; use
+    :func:`~fewstep.grid.discrete.discrete` for whole ones. Returns (steps + 1,) float64.
+    Raises InputError for bad ranges or a ``path`` that is none.
+    """
+    if not isinstance(path, Path):
+        raise InputError(f"time needs a path such as fewstep.FLOW or fewstep.VP, got {path!r}")
+    return warped(steps, sigma_min, sigma_max, path.at, path.sigma, to_zero)
 
 
 def vp_time(

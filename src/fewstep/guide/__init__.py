@@ -1,0 +1,5 @@
+"""Guidance: wrappers ``Denoiser -> Denoiser``, so that no network, solver or method knows of it."""
+
+from fewstep.guide.cfg import CFG
+
+__all__ = ["CFG"]
