@@ -82,7 +82,7 @@ def sample(
         for step in _run(D, x, tableau, cond, noise, grad, parallel):
             if on_step is not None:
                 on_step(step)
-            end = step.point if step.k == tableau.rows else None
+            end = step.point if step.k == len(tableau.plan) else None
             del step  # it would keep a point and an output alive through the next evaluation
     assert end is not None
     return end
@@ -119,7 +119,7 @@ def _run(
                 held.outputs[k] = D(held.points[k], row.sigma, cond).to(held.dtype)
             yield Step(k, row.level, held.points[k], held.outputs.get(k))
             held.points[k + 1] = held.follow(k, row)
-    yield Step(tableau.rows, float(tableau.levels[-1]), held.points[tableau.rows], None)
+    yield Step(len(tableau.plan), tableau.end, held.points[tableau.rows], None)
 
 
 def _run_waves(D: Denoiser, tableau: Tableau, cond: Cond | None, held: _Held) -> Iterator[Step]:
@@ -139,8 +139,8 @@ def _run_waves(D: Denoiser, tableau: Tableau, cond: Cond | None, held: _Held) ->
             held.outputs.update(zip(calls, outs, strict=True))
         for i, row in zip(wave, rows, strict=True):
             yield Step(i, row.level, held.points[i], held.outputs.get(i))
-        following = held.combine(rows[-1])
-        for row in rows:
+        following = held.follow(wave[-1], rows[-1])
+        for row in rows[:-1]:
             held.forget(row)
         held.points[wave[-1] + 1] = following
         k = wave[-1] + 1

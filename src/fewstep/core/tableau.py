@@ -92,6 +92,8 @@ class Tableau:
         if not called.isfinite().all() or (called <= 0).any():
             raise InputError(f"tableau {self.name!r}: sigmas must be positive (or nan), got {self.sigmas.tolist()}")
         self._check_history()
+        # Made ready here, as plain numbers, so that a compiled run finds them as constants.
+        _ = self.plan, self.waves, self.start, self.end, self.noisy
 
     def _check_history(self) -> None:
         silent = self.sigmas.isnan().tolist()
@@ -109,12 +111,12 @@ class Tableau:
         """Number of rows K."""
         return len(self.sigmas)
 
-    @property
+    @cached_property
     def start(self) -> float:
         """The noise level that the sampler starts from."""
         return float(self.levels[0])
 
-    @property
+    @cached_property
     def end(self) -> float:
         """The noise level of the result: 0 for a picture."""
         return float(self.levels[-1])
@@ -124,10 +126,10 @@ class Tableau:
         """Number of denoiser evaluations."""
         return int((~self.sigmas.isnan()).sum())
 
-    @property
+    @cached_property
     def noisy(self) -> bool:
         """Whether any row adds noise."""
-        return bool(self.Z.any())
+        return any(row.noises for row in self.plan)
 
     @property
     def flops(self) -> int:
