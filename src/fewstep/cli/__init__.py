@@ -42,7 +42,7 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep evaluate GENERATOR       score pictures against real ones
   fewstep trace SCHEDULER -o FILE  a scheduler of diffusers as a tableau
   fewstep compare-tableaux A B     where two tableaux differ, row by row
-  fewstep show PATH                look at a tableau, a generator or a run
+  fewstep show PATH                look at a tableau, a generator or a run; --geometry: its trajectories
   fewstep methods [METHOD]         what can be distilled, with defaults and sources
 
   fewstep COMMAND --help           flags, defaults and units

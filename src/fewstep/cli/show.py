@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fewstep.cli.base import SamplerFlags
 from fewstep.core.generator import CONFIG, Generator
+from fewstep.core.noise import Noise
 from fewstep.core.state import RECIPE, Run, read_json
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError
@@ -19,18 +22,36 @@ from fewstep.errors import InputError
 
 @dataclass(frozen=True)
 class Show:
-    """Prints what a file or folder holds; a tableau is also drawn when --out is given.
+    """Prints what a file or folder holds; draws a tableau, or a page about a generator's trajectories.
 
     Attributes:
         path: a tableau's .json, a generator's folder, or a run folder.
-        out: writes the tableau's picture here (.png, .svg or .pdf).
+        out: writes the tableau's picture here (.png, .svg or .pdf); with --geometry the page (.html, geometry.html
+            without it).
+        geometry: measures a generator's trajectories (shape, errors of each step, stability) and writes a page.
+        samples: trajectories that --geometry follows, at least 8.
+        seed: of these; they are the pictures that `fewstep sample` makes with it.
+        device: cpu or cuda, for --geometry.
+        flags: the sampler that --geometry compares with the converged trajectories.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
     out: Path | None = None
+    geometry: bool = False
+    samples: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    flags: Annotated[SamplerFlags, tyro.conf.arg(name="")] = field(default_factory=SamplerFlags)
 
     def run(self) -> None:
         """Runs the command."""
+        if self.geometry:
+            self._geometry()
+            return
+        changed = self._changed()
+        changed += [n for n, value in (("samples", 64), ("seed", 0), ("device", "cpu")) if getattr(self, n) != value]
+        if changed:
+            raise InputError(f"--{changed[0].replace('_', '-')} says how to measure: pass --geometry with it")
         console = Console()
         if self.path.is_file():
             try:
@@ -73,6 +94,50 @@ class Show:
         if isinstance(made.sampler, Tableau):
             self._tableau(console, made.sampler)
         console.print_json(json.dumps(made.card))
+
+    def _geometry(self) -> None:
+        from fewstep.report.geometry import LEAST, measure_geometry
+        from fewstep.report.geometry_page import write_geometry
+
+        if not (self.path / CONFIG).is_file():
+            raise InputError(f"--geometry needs the folder of a generator: {self.path} has no {CONFIG}")
+        if self.samples < LEAST:
+            raise InputError(f"--samples must be at least {LEAST}, got {self.samples}")
+        out = self.out or Path("geometry.html")
+        if out.suffix != ".html":
+            raise InputError(f"--out must end in .html with --geometry, got {out}")
+        made = Generator.load(self.path, device=self.device)
+        name, sampler = self.flags.resolve(made)
+        noise = Noise.of(self.seed, self.samples, made.device)
+        D, err = made.denoiser, Console(stderr=True)
+        with err.status("geometry") as status:
+            measured = measure_geometry(
+                D, sampler, noise, made.conditions(None, noise), name=name, say=lambda text: status.update(text)
+            )
+        facts = {
+            "Generator": f"{self.path}, fingerprint {made.fingerprint()}",
+            "Samples": f"{tuple(D.shape)}, conditions {made.conds or 'none'}",
+            "Noise levels": f"sigma {D.sigma_min:g} to {D.sigma_max:g}",
+            "Sampler": f"{name}, {sampler.nfe} evaluations, sigma {sampler.start:g} to {sampler.end:g}",
+            "Seed": str(self.seed),
+            "Command": self._command(out),
+        }
+        write_geometry(measured, out, title=f"Geometry of {self.path.name or self.path}", facts=facts)
+        told = f"{out}: {self.samples} trajectories, {name}, {sampler.nfe} evaluations"
+        err.print(told, highlight=False, soft_wrap=True)
+
+    def _changed(self) -> list[str]:
+        """Names of the sampler's flags that are not at their defaults."""
+        return [f.name for f in fields(self.flags) if getattr(self.flags, f.name) != f.default]
+
+    def _command(self, out: Path) -> str:
+        """The command line that writes the same page again."""
+        words = ["fewstep", "show", str(self.path), "--geometry"]
+        for name in self._changed():
+            value = getattr(self.flags, name)
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+        return shlex.join([*words, "--samples", str(self.samples), "--seed", str(self.seed), "--out", str(out)])
 
     def _run(self, console: Console) -> None:
         console.print_json(json.dumps(read_json(self.path / RECIPE)))

@@ -1,0 +1,104 @@
+"""The page docs/sampling.md and its plots, from benchmarks/results/quality-*.json, solvers.json and overhead.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+TITLES = {"digits": "Digits, 8x8", "stacked-digits": "Stacked digits, 3x8x8", "cifar10-8": "CIFAR-10 at 8x8"}
+
+
+def family(name: str) -> str:
+    """A peer's solver without its grid."""
+    return name.split(",")[0]
+
+
+def lines(rows: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """For every solver its best grid's value at each number of evaluations."""
+    best: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["group"] == "teacher":
+            continue
+        own = best.setdefault(family(row["name"]), {})
+        own[row["nfe"]] = min(own.get(row["nfe"], float("inf")), row[key])
+    return {name: sorted(points.items()) for name, points in best.items()}
+
+
+def plot(body: dict[str, Any], path: Path) -> None:
+    """Distance and paired error against evaluations, one column per guidance."""
+    metric, rows = body["metric"], body["rows"]
+    scales = list(dict.fromkeys(r["guidance"] for r in rows))
+    figure = Figure(figsize=(4.4 * len(scales), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(scales), squeeze=False, sharex=True)
+    for column, scale in enumerate(scales):
+        own = [r for r in rows if r["guidance"] == scale]
+        for axis, key, title in zip(axes[:, column], (metric, "rmse"), ("Frechet distance", "RMSE to converged")):
+            for name, points in lines(own, key).items():
+                mine = name == "calibrated"
+                style = {"color": "#c23b22", "lw": 2.4, "zorder": 3} if mine else {"lw": 1.0, "alpha": 0.8}
+                axis.plot(*zip(*points, strict=True), marker="o", ms=4 if mine else 2.5, label=name, **style)
+            if key == metric:
+                level = min(r[key] for r in own if r["group"] == "teacher")
+                axis.axhline(level, ls="--", lw=1, color="black", label="teacher, 35 evaluations")
+                axis.set_title("no guidance" if scale == 1 else f"guidance {scale:g}", fontsize=10)
+            axis.set_yscale("log")
+            axis.set_ylabel(title, fontsize=9)
+            axis.set_xticks(sorted({r["nfe"] for r in own if r["group"] == "calibrated"}))
+            axis.grid(alpha=0.25)
+            axis.tick_params(labelsize=8, which="both")
+        axes[1, column].set_xlabel("evaluations", fontsize=9)
+    axes[0, -1].legend(fontsize=7, loc="upper right")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def quality(name: str, body: dict[str, Any]) -> str:
+    """One task: the plot and the summary."""
+    metric = body["metric"]
+    what = "Frechet distance in pixels" if metric == "pixel_fd" else "Frechet distance in the features of docs/measures.md"
+    head = ["guidance", "NFE", "calibrated RMSE", "closest other", "ratio", "calibrated FD", "best other FD", "teacher FD"]
+    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in body["summary"]:
+        cells = [
+            f"{row['guidance']:g}",
+            str(row["nfe"]),
+            f"{row['calibrated_rmse']:.4f}",
+            f"{row['best_peer_rmse']:.4f} ({row['closest_peer']})",
+            f"{row['rmse_ratio']:.2f}",
+            f"{row[f'calibrated_{metric}']:.3f}",
+            f"{row[f'best_peer_{metric}']:.3f} ({row['best_peer']})",
+            f"{row[f'teacher_{metric}']:.3f}",
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    seconds = [row["calibration_seconds"] for row in body["summary"]]
+    settings = body["settings"]
+    return (
+        f"### {TITLES.get(name, name)}\n\n![{name}](img/quality-{name}.svg)\n\n"
+        f"{what}, {settings['samples']} pictures a row, picture seeds {settings['seeds']}; teacher: "
+        f"{body['teacher']['network']}, {body['teacher']['steps']} steps of {body['teacher']['batch']}, seed 0. "
+        f"Calibration took {min(seconds):.0f} to {max(seconds):.0f} s. Machine: {body['machine']}, other programs on the "
+        f"same cores. Command: `python benchmarks/quality.py --task {name}`.\n\n" + "\n".join(table) + "\n"
+    )
+
+
+def main() -> None:
+    """Writes the plots, and the part of sampling.md below its marker."""
+    parts = []
+    for name in TITLES:
+        file = RESULTS / f"quality-{name}.json"
+        if file.is_file():
+            body = json.loads(file.read_text())
+            plot(body, DOCS / "img" / f"quality-{name}.svg")
+            parts.append(quality(name, body))
+    page = DOCS / "sampling.md"
+    marker = "<!-- below: written by make docs -->\n"
+    page.write_text(page.read_text().partition(marker)[0] + marker + "\n" + "\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
