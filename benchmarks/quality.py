@@ -48,11 +48,6 @@ SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("unipc", {"order": 3}),
     ("deis", {"order": 3}),
 )
-GRIDS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("karras", {"rho": 7.0}),
-    ("karras", {"rho": 5.0}),
-    ("logsnr", {}),
-)
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,7 @@ class Quality:
         data: the pictures of a cifar10 task: Parquet with encoded images, as on the Hub.
         guidances: scales of classifier-free guidance; 1 is none.
         nfes: evaluations at which samplers are compared.
+        rhos: of the Karras grids; the log-SNR and GITS grids are always there.
         samples: pictures per row and seed.
         seeds: of the pictures; the second and later ones for the teacher, the calibrated and the best others.
         trajectories: that calibration fits to.
@@ -99,6 +95,7 @@ class Quality:
     data: str = ""
     guidances: tuple[float, ...] = (1.0, 2.0)
     nfes: tuple[int, ...] = (3, 4, 5, 6)
+    rhos: tuple[float, ...] = (7.0, 5.0)
     samples: int = 4000
     seeds: tuple[int, ...] = (11, 12)
     trajectories: int = 256
@@ -173,12 +170,12 @@ def compare(
             ends=ends[seed],
         )
         found = {"name": name, "group": group, "nfe": row.nfe, "seed": seed, "rmse": row.rmse}
-        return {**found, how.metric: row.metrics[how.metric], **facts}
+        return {**found, how.metric: row.metrics[f"{how.metric}@{flags.samples}"], **facts}
 
     for seed in flags.seeds:
         yield measure(teacher.sampler, "teacher", "teacher", seed)
     for nfe in flags.nfes:
-        made: dict[str, Tableau] = dict(peers(teacher, nfe))
+        made: dict[str, Tableau] = dict(peers(teacher, nfe, flags.rhos))
         gits = calibrate_generator(teacher, nfe=nfe, method="gits")
         made["gits"] = gits
         rows = [measure(table, name, "peer", first) for name, table in made.items()]
@@ -193,11 +190,12 @@ def compare(
             yield measure(table, "calibrated", "calibrated", seed, calibration_seconds=seconds)
 
 
-def peers(teacher: Generator, nfe: int) -> Iterator[tuple[str, Tableau]]:
+def peers(teacher: Generator, nfe: int, rhos: tuple[float, ...]) -> Iterator[tuple[str, Tableau]]:
     """Every fixed solver on every grid."""
     D = teacher.denoiser
+    grids: list[tuple[str, dict[str, float]]] = [*(("karras", {"rho": rho}) for rho in rhos), ("logsnr", {})]
     for solver, options in SOLVERS:
-        for kind, settings in GRIDS:
+        for kind, settings in grids:
             levels = grid(kind, nfe, D.sigma_min, D.sigma_max, **settings)
             table = build(solver, levels, **options)
             yield f"{table.name}, {kind}{''.join(f' {v:g}' for v in settings.values())}", table

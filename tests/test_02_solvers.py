@@ -38,7 +38,7 @@ UNEVEN = torch.tensor([9, 7, 4, 3.2, 1.7, 1.2, 0.5], dtype=torch.float64)
 Denoise = Callable[[Tensor, float], Tensor]
 # Evaluations a step of those that need more than one.
 TWO = ("heun", "edm_stochastic", "dpm2", "dpm2_ancestral", "dpmpp2s", "dpmpp2s_ancestral", "dpmpp_sde", "res")
-STAGES = dict.fromkeys(TWO, 2) | dict.fromkeys(("dpm3", "dpmpp3s", "dpm_single"), 3)
+STAGES = dict.fromkeys((*TWO, "amed_table"), 2) | dict.fromkeys(("dpm3", "dpmpp3s", "dpm_single", "epd_table"), 3)
 QUIET = sorted(name for name in SOLVERS if not SOLVERS[name](TO_ZERO).noisy)
 
 

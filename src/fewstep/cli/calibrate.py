@@ -24,7 +24,7 @@ from fewstep.core.stored import save_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
-from fewstep.solve.calibrate import calibrate, check_request
+from fewstep.solve.calibrate import calibrate, check_request, options_of
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ class Calibrate:
                 f"--batch and --memory must be at least 1 and --searches 0, got {self.batch}, {self.memory} and "
                 f"{self.searches}"
             )
-        where: dict[str, Any] = (
-            {"nfe": self.nfe}
-            if self.grid == "chosen"
-            else {"sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)}
-        )
+        where: dict[str, Any] = {"nfe": self.nfe}
         options = pairs("--option", self.option)
+        if self.grid != "chosen" and "grid" in options_of(self.method):
+            # Methods with several evaluations a step place their steps themselves.
+            options = {"grid": self.grid, **options}
+        elif self.grid != "chosen":
+            where = {"sigmas": grid(self.grid, self.nfe, D.sigma_min, D.sigma_max)}
         if self.method == "least-squares":
             options = {"ridge": self.ridge, "searches": self.searches, **options}
         elif self.ridge != "auto":

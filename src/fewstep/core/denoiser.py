@@ -196,6 +196,25 @@ class CountingDenoiser(Wrapper):
         self.nfe = 0
         self.images = 0
 
+    @property
+    def taps(self) -> Mapping[str, str]:
+        """Those of what it counts."""
+        return getattr(self.denoiser, "taps", {})
+
+    def features(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, taps: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Precond.features`; one call more.
+
+        Raises:
+            InputError: what it counts has no features.
+        """
+        if not isinstance(self.denoiser, Precond | CountingDenoiser):
+            raise InputError(f"{type(self.denoiser).__name__} has no features to read")
+        self.nfe += 1
+        self.images += len(x)
+        return self.denoiser.features(x, sigma, cond, taps)
+
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """See :class:`Denoiser`."""
         self.nfe += 1

@@ -6,6 +6,7 @@ door of everything that is searched or learned.
 
 from fewstep.core.solver import SOLVERS, build, check_grid
 from fewstep.solve.adaptive import AdaptiveDPM
+from fewstep.solve.amed import AMED, amed_table
 from fewstep.solve.calibrate import calibrate
 from fewstep.solve.consistency import consistency, tcd
 from fewstep.solve.deis import deis
@@ -13,7 +14,9 @@ from fewstep.solve.dpm import dpm1, dpm2, dpm3, dpm_multistep, dpm_single, fast_
 from fewstep.solve.dpmpp import dpmpp, dpmpp1, dpmpp2m, dpmpp3m, dpmpp3m_exact
 from fewstep.solve.dpmpp_sde import dpmpp2m_sde, dpmpp3m_sde, dpmpp_sde
 from fewstep.solve.dpmpp_single import dpmpp2s, dpmpp3s
+from fewstep.solve.epd import epd_table
 from fewstep.solve.euler import ddim, euler
+from fewstep.solve.gaussian import GaussianStart
 from fewstep.solve.heun import edm_stochastic, heun
 from fewstep.solve.iddpm import LearnedVariance
 from fewstep.solve.invert import Aidi, aidi, ddim_invert
@@ -24,11 +27,14 @@ from fewstep.solve.stochastic import dpm2_ancestral, dpmpp2s_ancestral, euler_an
 from fewstep.solve.unipc import unipc
 
 __all__ = [
+    "AMED",
     "SOLVERS",
     "AdaptiveDPM",
     "Aidi",
+    "GaussianStart",
     "LearnedVariance",
     "aidi",
+    "amed_table",
     "build",
     "calibrate",
     "check_grid",
@@ -54,6 +60,7 @@ __all__ = [
     "dpmpp3s",
     "dpmpp_sde",
     "edm_stochastic",
+    "epd_table",
     "euler",
     "euler_ancestral",
     "fast_orders",

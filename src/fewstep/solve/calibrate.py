@@ -116,15 +116,13 @@ def check_request(
     options: Mapping[str, Any] | None = None,
 ) -> Tensor | None:
     """The given grid, checked, or None; raises what :func:`calibrate` says it raises for its arguments."""
-    if method not in CALIBRATIONS:
-        raise unknown("calibration method", method, CALIBRATIONS)
+    known = options_of(method)
     if (nfe is None) == (sigmas is None):
         raise InputError("calibrate takes either nfe (the grid is chosen) or sigmas (the grid is given)")
     if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or not 1 <= nfe <= FINE // 2):
         raise InputError(f"calibrate needs a whole number of evaluations from 1 to {FINE // 2}, got nfe={nfe!r}")
     if trajectories < 8:
         raise InputError(f"calibrate needs at least 8 trajectories, got {trajectories}; 256 is a good number")
-    known = {name: p for name, p in signature(_method(method)).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
     for name in options or {}:
         if name not in known:
             raise unknown(f"option of {method}", name, known)
@@ -132,6 +130,14 @@ def check_request(
     if ridge != "auto" and (isinstance(ridge, str) or not ridge >= 0):
         raise InputError(f"ridge must be 'auto' or a number >= 0, got {ridge!r}")
     return None if sigmas is None else check_grid(torch.as_tensor(sigmas, dtype=torch.float64))
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """The names of a method's own options; raises InputError for an unknown method."""
+    if method not in CALIBRATIONS:
+        raise unknown("calibration method", method, CALIBRATIONS)
+    parameters = signature(_method(method)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY)
 
 
 def repeated(cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
