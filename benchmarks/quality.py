@@ -167,6 +167,7 @@ def compare(
             n=flags.samples,
             seed=seed,
             metrics=(how.metric,),
+            extractor="pixel" if how.metric == "pixel_fd" else None,
             ends=ends[seed],
         )
         found = {"name": name, "group": group, "nfe": row.nfe, "seed": seed, "rmse": row.rmse}

@@ -27,9 +27,9 @@ _GAMMA, _M1, _M2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9,
 
 def _mix(z: Tensor) -> Tensor:
     """splitmix64's finaliser; int64 products wrap, and the masks make the shifts logical."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _M1
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _M2
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+    z = ((z >> 30) & ((1 << 34) - 1)).bitwise_xor_(z).mul_(_M1)
+    z = ((z >> 27) & ((1 << 37) - 1)).bitwise_xor_(z).mul_(_M2)
+    return ((z >> 31) & ((1 << 33) - 1)).bitwise_xor_(z)
 
 
 def _word(part: int | str) -> int:
@@ -94,8 +94,10 @@ class Noise:
         wide = torch.float32 if bits.device.type == "mps" else torch.float64
         radius = (((bits >> 32 & 0xFFFFFFFF).to(wide) + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()
         angle = (bits & 0xFFFFFFFF).to(wide) * (2 * math.pi * 2.0**-32)
-        pair = torch.stack([radius * angle.cos(), radius * angle.sin()], 2).reshape(len(self), -1)
-        return pair[:, :count].to(dtype).reshape(len(self), *shape)
+        made = torch.empty(len(self), bits.shape[1], 2, dtype=dtype, device=bits.device)
+        made[..., 0] = angle.cos().mul_(radius)
+        made[..., 1] = angle.sin_().mul_(radius)
+        return made.reshape(len(self), -1)[:, :count].reshape(len(self), *shape)
 
     def integers(self, low: int, high: int, shape: Sequence[int], *key: int | str) -> Tensor:
         """(B, *shape) int64 in [low, high)."""

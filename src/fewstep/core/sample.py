@@ -79,6 +79,8 @@ def sample(
         InputError: the table adds noise and none was given, or the batch of ``noise`` is another.
     """
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        if on_step is None and not parallel:
+            return _straight(D, tableau, cond, _Held.of(x, tableau, noise, grad))
         for step in _run(D, x, tableau, cond, noise, grad, parallel):
             if on_step is not None:
                 on_step(step)
@@ -103,14 +105,20 @@ def trajectory(
         del step
 
 
+def _straight(D: Denoiser, tableau: Tableau, cond: Cond | None, held: _Held) -> Tensor:
+    """The loop that nobody watches: per step, the network and the row's weighted sum are all there is."""
+    points, outputs, dtype = held.points, held.outputs, held.dtype
+    for k, row in enumerate(tableau.plan):
+        if row.sigma is not None:
+            outputs[k] = D(points[k], row.sigma, cond).to(dtype)
+        points[k + 1] = held.follow(k, row)
+    return points[len(tableau.plan)]
+
+
 def _run(
     D: Denoiser, x: Tensor, tableau: Tableau, cond: Cond | None, noise: Noise | None, grad: bool, parallel: bool = False
 ) -> Iterator[Step]:
-    if tableau.noisy and noise is None:
-        raise InputError(f"sampler {tableau.name!r} adds noise: pass noise=Noise.of(seed, {len(x)})")
-    if noise is not None and len(noise) != len(x):
-        raise InputError(f"noise has {len(noise)} sources for {len(x)} samples: they must be as many")
-    held = _Held(x if x.dtype in (torch.float32, torch.float64) else x.float(), noise, grad)
+    held = _Held.of(x, tableau, noise, grad)
     if parallel and max(tableau.waves) > 1:
         yield from _run_waves(D, tableau, cond, held)
     else:
@@ -155,8 +163,19 @@ class _Held:
         self.outputs: dict[int, Tensor] = {}
         self.noises: dict[int, Tensor] = {}
 
+    @classmethod
+    def of(cls, x: Tensor, tableau: Tableau, noise: Noise | None, grad: bool) -> _Held:
+        """At the start of a run; raises what :func:`sample` says."""
+        if tableau.noisy and noise is None:
+            raise InputError(f"sampler {tableau.name!r} adds noise: pass noise=Noise.of(seed, {len(x)})")
+        if noise is not None and len(noise) != len(x):
+            raise InputError(f"noise has {len(noise)} sources for {len(x)} samples: they must be as many")
+        return cls(x if x.dtype in (torch.float32, torch.float64) else x.float(), noise, grad)
+
     def combine(self, row: Row) -> Tensor:
         """The weighted sum of a row without its noises, in one fused operation per term."""
+        if row.mix is not None:
+            return torch.lerp(self.outputs[row.outputs[0][0]], self.points[row.points[0][0]], row.mix)
         total: Tensor | None = None
         for source, weights in ((self.points, row.points), (self.outputs, row.outputs)):
             for i, w in weights:
@@ -166,7 +185,12 @@ class _Held:
     def follow(self, k: int, row: Row) -> Tensor:
         """The next point; forgets what no later row needs before it draws the row's noise."""
         total = self.combine(row)
-        self.forget(row)
+        for i in row.drop_points:
+            del self.points[i]
+        for i in row.drop_outputs:
+            del self.outputs[i]
+        if not row.noises and not row.draw:
+            return total
         if row.draw and self.noise is not None:
             drawn = self.noise.normal(total.shape[1:], "step", k, dtype=total.dtype)
             self.noises[k] = drawn.to(total.device)

@@ -31,7 +31,10 @@ FORMAT = "fewstep-tableau/1"
 
 
 class Row(NamedTuple):
-    """One step made ready to run: non-zero weights by absolute index, and what may be forgotten after it."""
+    """One step made ready to run: non-zero weights by absolute index, and what may be forgotten after it.
+
+    ``mix`` is the weight of the point where a row has one point and one output whose weights sum to 1.
+    """
 
     sigma: Tensor | None
     level: float
@@ -43,6 +46,7 @@ class Row(NamedTuple):
     drop_noises: tuple[int, ...]
     keep: bool
     draw: bool
+    mix: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +202,7 @@ class Tableau:
                 drop_noises=tuple(drop["Z"][k]),
                 keep=k + 1 < self.rows,
                 draw=k in last["Z"],
+                mix=_mix(terms["P"][k], terms["W"][k]),
             )
             for k in range(self.rows)
         )
@@ -291,6 +296,12 @@ class Tableau:
 
 def _terms(table: Tensor, k: int) -> tuple[tuple[int, float], ...]:
     return tuple((k - j, w) for j, w in enumerate(table[k].tolist()) if w)
+
+
+def _mix(points: tuple[tuple[int, float], ...], outputs: tuple[tuple[int, float], ...]) -> float | None:
+    if len(points) != 1 or len(outputs) != 1 or abs(points[0][1] + outputs[0][1] - 1) > 1e-15:
+        return None
+    return points[0][1]
 
 
 def _bad_row(table: Tensor) -> int:
