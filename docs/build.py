@@ -1,6 +1,7 @@
 """Writes the pages of docs/ that are made from code and results: ``make docs``.
 
-methods.md comes from the methods' own docstrings and defaults, results.md from benchmarks/results/*.json.
+methods.md comes from the methods' own docstrings and defaults, results.md from benchmarks/results/*.json, and the lower
+part of sampling.md (its plots too) from those of sampling.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+import sampling
 
 from fewstep.cli.methods import card
 from fewstep.distill import METHODS
@@ -133,8 +136,11 @@ def main() -> None:
     parts = ["# Results\n\nWritten by `make docs` from `benchmarks/results/*.json`; each section names its command.\n"]
     for path in sorted(RESULTS.glob("*.json")):
         body = json.loads(path.read_text())
-        parts.append({"exact": exact_page, "digits": digits_page, "floor": floor_page}[body["benchmark"]](body))
+        page = {"exact": exact_page, "digits": digits_page, "floor": floor_page}.get(body["benchmark"])
+        # The other benchmarks are about sampling and stand on the page of their own.
+        parts += [] if page is None else [page(body)]
     (DOCS / "results.md").write_text("\n".join(parts))
+    sampling.main()
 
 
 if __name__ == "__main__":

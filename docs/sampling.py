@@ -37,7 +37,10 @@ def plot(body: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(scales), squeeze=False, sharex=True)
     for column, scale in enumerate(scales):
         own = [r for r in rows if r["guidance"] == scale]
-        for axis, key, title in zip(axes[:, column], (metric, "rmse"), ("Frechet distance", "RMSE to converged")):
+        for axis, key, title in (
+            (axes[0, column], metric, "Frechet distance"),
+            (axes[1, column], "rmse", "RMSE to end"),
+        ):
             for name, points in lines(own, key).items():
                 mine = name == "calibrated"
                 style = {"color": "#c23b22", "lw": 2.4, "zorder": 3} if mine else {"lw": 1.0, "alpha": 0.8}
@@ -60,8 +63,19 @@ def plot(body: dict[str, Any], path: Path) -> None:
 def quality(name: str, body: dict[str, Any]) -> str:
     """One task: the plot and the summary."""
     metric = body["metric"]
-    what = "Frechet distance in pixels" if metric == "pixel_fd" else "Frechet distance in the features of docs/measures.md"
-    head = ["guidance", "NFE", "calibrated RMSE", "closest other", "ratio", "calibrated FD", "best other FD", "teacher FD"]
+    what = (
+        "Frechet distance in pixels" if metric == "pixel_fd" else "Frechet distance in the features of docs/measures.md"
+    )
+    head = [
+        "guidance",
+        "NFE",
+        "calibrated RMSE",
+        "closest other",
+        "ratio",
+        "calibrated FD",
+        "best other FD",
+        "teacher FD",
+    ]
     table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in body["summary"]:
         cells = [
@@ -81,8 +95,80 @@ def quality(name: str, body: dict[str, Any]) -> str:
         f"### {TITLES.get(name, name)}\n\n![{name}](img/quality-{name}.svg)\n\n"
         f"{what}, {settings['samples']} pictures a row, picture seeds {settings['seeds']}; teacher: "
         f"{body['teacher']['network']}, {body['teacher']['steps']} steps of {body['teacher']['batch']}, seed 0. "
-        f"Calibration took {min(seconds):.0f} to {max(seconds):.0f} s. Machine: {body['machine']}, other programs on the "
-        f"same cores. Command: `python benchmarks/quality.py --task {name}`.\n\n" + "\n".join(table) + "\n"
+        f"Calibration took {min(seconds):.0f} to {max(seconds):.0f} s. Machine: {body['machine']}, other programs on "
+        f"the same cores. Command: `python benchmarks/quality.py --task {name}`.\n\n" + "\n".join(table) + "\n"
+    )
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+
+
+def fixed(body: dict[str, Any]) -> str:
+    """Every solver on every grid, on the exact problem."""
+    rows = []
+    for nfe, peer in body["best_peer"].items():
+        cells = [nfe]
+        for key in ("best_fixed", "best_searched"):
+            best = min((r for r in body[key] if str(r["nfe"]) == nfe), key=lambda r: r["rmse"])
+            cells.append(f"{best['rmse']:.4f} ({best['name']}, {best['grid']})")
+        for kind in ("fixed", "any"):
+            cells.append(f"{peer[kind]['rmse']:.4f} ({peer[kind]['peer']} {peer[kind]['solver']})")
+        rows.append(cells)
+    agree = body["agreement_with_peers"]
+    return (
+        "### Every solver on every grid, where the solution is known\n\n"
+        f"Mean RMSE on the exact digits problem, {body['starts']} starts, {body['scored']} settings, `python "
+        "benchmarks/solvers.py`. The best cell of each is chosen on the starts that score it. Many of ours win by the "
+        "rescaled AYS grid, which no peer was run on: read those as wins of the grid. "
+        f"{agree['within_0.1_percent']} of {agree['cells']} settings that peers' own code was run on agree with ours "
+        "within 0.1 %.\n\n" + markdown(["NFE", "fixed grids", "GITS grids", "peers, fixed", "peers, any"], rows)
+    )
+
+
+def overhead(body: dict[str, Any]) -> str:
+    """Work beside the network."""
+    rows: dict[str, dict[int, str]] = {}
+    for row in body["ratios"]:
+        rows.setdefault(row["solver"], {})[row["steps"]] = f"{row['ratio']:.2f} ({row['fastest_peer']})"
+    steps = sorted({r["steps"] for r in body["ratios"]})
+    noise = body["noise_us"]
+    return (
+        "### Work beside the network\n\n"
+        f"Per evaluation at {body['shape']} float32, one thread, {body['machine']}, over that of the fastest peer (in "
+        "brackets; a loop is the recurrence in plain Python with a history list), by number of steps; other programs "
+        "ran on the same cores. `python benchmarks/overhead.py`. A 1000-step ancestral run holds "
+        f"{body['live_tensors_of_1000_ancestral_steps']} tensors. Noisy samplers pay for noise that is keyed by sample "
+        f"and step: {noise['Noise.normal']:.0f} us a draw, `randn_like` {noise['randn_like']:.0f} us.\n\n"
+        + markdown(
+            ["solver", *(f"{n} steps" for n in steps)],
+            [[name, *(found.get(n, "") for n in steps)] for name, found in rows.items()],
+        )
+    )
+
+
+def calibrations(body: dict[str, Any]) -> str:
+    """All calibration methods beside what they start from."""
+    exact = body["where"] == "exact"
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in body["rows"]):
+        for nfe in dict.fromkeys(r["nfe"] for r in body["rows"] if r["method"] == method):
+            own = [r for r in body["rows"] if r["method"] == method and r["nfe"] == nfe]
+            mean = {k: sum(r[k] for r in own) / len(own) for k in ("check_rmse_start", "rmse", "seconds")}
+            kept = sum(r["kept"] == "fitted" for r in own)
+            cells = [method, str(nfe), ", ".join(dict.fromkeys(r["started_from"] for r in own))]
+            cells += [f"{mean['check_rmse_start']:.4f}", f"{mean['rmse']:.4f}", f"{kept} of {len(own)}"]
+            rows.append([*cells, f"{mean['seconds']:.0f}", *([] if exact else [f"{own[0]['fd']:.3f}"])])
+    what = "the exact digits problem" if exact else "a trained digits teacher (residual MLP)"
+    head = ["method", "NFE", "starts from", "start", "result, fresh", "kept", "seconds", *([] if exact else ["FD"])]
+    where = "" if exact else " --teacher runs/bench-quality/digits"
+    return (
+        f"### Calibration methods on {what}\n\nMean RMSE; the start on the front door's own check, the result on "
+        f"further starts; calibration seeds {body['settings']['seeds'] if exact else [0]}. `Kept` counts how often the "
+        f"fitted sampler was better on the check. `python benchmarks/calibrations.py{where}`, {body['machine']}, other "
+        "programs on the same cores.\n\n" + markdown(head, rows)
     )
 
 
@@ -95,6 +181,10 @@ def main() -> None:
             body = json.loads(file.read_text())
             plot(body, DOCS / "img" / f"quality-{name}.svg")
             parts.append(quality(name, body))
+    pages = (("calibrations-exact", calibrations), ("calibrations-teacher", calibrations), ("solvers", fixed))
+    for name, make in (*pages, ("overhead", overhead)):
+        file = RESULTS / f"{name}.json"
+        parts += [make(json.loads(file.read_text()))] if file.is_file() else []
     page = DOCS / "sampling.md"
     marker = "<!-- below: written by make docs -->\n"
     page.write_text(page.read_text().partition(marker)[0] + marker + "\n" + "\n".join(parts))

@@ -33,6 +33,7 @@ STARTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ipndm", {"order": 3}),
     ("ipndm", {"order": 4}),
 )
+GRIDS: tuple[tuple[str, dict[str, Any]], ...] = (("karras", {}), ("logsnr", {}), ("ays", {"rescale": True}))
 # Points and outputs of the closed-form part; a gigabyte holds 256 trajectories of a 128x128x4 latent at 8 evaluations.
 MEMORY = 1 << 30
 
@@ -94,8 +95,8 @@ def _first_levels(fit: _Rows, task: Task) -> list[int]:
     low, high, last = float(teacher.levels[-1]), float(teacher.levels[0]), len(teacher.levels) - 1
     if nfe > 1:
         # A fitted last row jumps from a level well above sigma_min; a standard grid of one step more ends there.
-        for kind in ("karras", "logsnr"):
-            levels = grid(kind, nfe, low, high, to_zero=False)
+        for kind, options in GRIDS:
+            levels = grid(kind, nfe, low, high, to_zero=False, **options)
             wanted = [teacher.index(s) for s in levels.tolist()]
             spread = [max(i, k) for k, i in enumerate(wanted)]
             grids.append([*spread[:-1], last])
