@@ -117,6 +117,8 @@ def cases() -> dict[str, Case]:
 
 SAME = "the same table as "
 LEFT_OUT = {
+    "amed_table": "without learned numbers the same table as dpm2",
+    "epd_table": "a form for learned numbers, see benchmarks/calibrations.py",
     "dpm1": SAME + "euler",
     "dpmpp1": SAME + "euler",
     "ipndm1": SAME + "euler",

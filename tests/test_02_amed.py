@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep import InputError, Mixture, Noise, Tableau
-from fewstep.core.denoiser import CountingDenoiser
+from fewstep.core.denoiser import CountingDenoiser, Wrapper
 from fewstep.core.exact import bimodal
 from fewstep.core.stored import load_sampler, save_sampler
 from fewstep.solve.amed import AMED, Predictor, amed, amed_table
@@ -189,18 +189,6 @@ def test_more_rounds_are_further_trajectories() -> None:
     assert two.facts["loss_first"] != one.facts["loss_first"]
 
 
-class WithFeatures(CountingDenoiser):
-    """Counts evaluations with features too."""
-
-    @property
-    def taps(self) -> Any:
-        return self.denoiser.taps  # type: ignore[attr-defined]
-
-    def features(self, x: Tensor, *args: Any) -> Any:
-        self.nfe += 1
-        return self.denoiser.features(x, *args)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(("method", "nfe", "afs"), [(amed, 4, False), (amed, 3, True), (amed_plugin, 5, False)])
 def test_features_are_read_and_the_sampler_is_stored(method: Any, nfe: int, afs: bool, tmp_path: Path) -> None:
     work = task(nfe, "tiny", 32)
@@ -216,7 +204,7 @@ def test_features_are_read_and_the_sampler_is_stored(method: Any, nfe: int, afs:
     again = load_sampler(save_sampler(made, tmp_path / "sampler"))
     x, cond = work.teacher.start, work.teacher.cond
     seen: list[float] = []
-    counted = WithFeatures(work.D)
+    counted = CountingDenoiser(work.D)
     out = again(counted, x, cond, on_step=lambda s: seen.append(s.level))
     assert torch.equal(out, made(work.D, x, cond))
     assert counted.nfe == nfe
@@ -225,7 +213,7 @@ def test_features_are_read_and_the_sampler_is_stored(method: Any, nfe: int, afs:
     alone = made(work.D, x[:1], {k: v[:1] for k, v in cond.items()})
     assert float((alone - out[:1]).abs().max()) < 1e-4
     with pytest.raises(InputError, match=r"reads the features 'bottleneck'.*hides"):
-        made(CountingDenoiser(work.D), x, cond)
+        made(Wrapper(work.D), x, cond)
 
 
 def test_without_features_table_and_sampler_agree() -> None:

@@ -16,6 +16,8 @@ from fewstep.cli.base import SamplerFlags
 from fewstep.core.generator import CONFIG, Generator
 from fewstep.core.noise import Noise
 from fewstep.core.state import RECIPE, Run, read_json
+from fewstep.core.stored import FILE as SAMPLER_FILE
+from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError
 
@@ -63,6 +65,8 @@ class Show:
             self._generator(console, Generator.load(self.path))
         elif (self.path / "tableau.json").is_file():
             self._tableau(console, Tableau.from_json((self.path / "tableau.json").read_text()))
+        elif (self.path / SAMPLER_FILE).is_file():
+            self._sampler(console)
         elif (self.path / RECIPE).is_file():
             self._run(console)
         else:
@@ -83,6 +87,12 @@ class Show:
                 raise InputError(f"--out must end in .png, .svg or .pdf, got {self.out}")
             self.out.parent.mkdir(parents=True, exist_ok=True)
             table.plot().savefig(self.out, dpi=150)
+
+    def _sampler(self, console: Console) -> None:
+        found = load_sampler(self.path)
+        told = f"{getattr(found, 'name', 'sampler')}: {found.nfe} evaluations, sigma {found.start:g} to {found.end:g}"
+        console.print(told, highlight=False)
+        console.print_json(json.dumps(dict(getattr(found, "meta", {}))))
 
     def _generator(self, console: Console, made: Generator) -> None:
         D = made.denoiser

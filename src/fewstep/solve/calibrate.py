@@ -123,9 +123,10 @@ def check_request(
         raise InputError(f"calibrate needs a whole number of evaluations from 1 to {FINE // 2}, got nfe={nfe!r}")
     if trajectories < 8:
         raise InputError(f"calibrate needs at least 8 trajectories, got {trajectories}; 256 is a good number")
-    for name in options or {}:
+    for name, value in (options or {}).items():
         if name not in known:
             raise unknown(f"option of {method}", name, known)
+        _check_kind(method, name, value)
     ridge = (options or {}).get("ridge", "auto")
     if ridge != "auto" and (isinstance(ridge, str) or not ridge >= 0):
         raise InputError(f"ridge must be 'auto' or a number >= 0, got {ridge!r}")
@@ -138,6 +139,18 @@ def options_of(method: str) -> tuple[str, ...]:
         raise unknown("calibration method", method, CALIBRATIONS)
     parameters = signature(_method(method)).parameters.values()
     return tuple(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY)
+
+
+def _check_kind(method: str, name: str, value: Any) -> None:
+    """Raises InputError for a value of another kind than an option's default, before any work is done."""
+    wanted = str(signature(_method(method)).parameters[name].annotation)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    named = isinstance(value, str) and (f"'{value}'" in wanted.replace('"', "'") or wanted.startswith("str"))
+    fits = {"bool": isinstance(value, bool), "int": whole, "float": whole or isinstance(value, float)}
+    first = next((kind for kind in fits if wanted.startswith(kind)), None)
+    wrong = not named if isinstance(value, str) or wanted.startswith("str") else not (first is None or fits[first])
+    if wrong and not (value is None and "None" in wanted):
+        raise InputError(f"option {name} of {method} is of kind {wanted}, got {value!r}")
 
 
 def repeated(cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def least_squares(
     searches: int = 60,
     refinements: int = 8,
     history: int | None = None,
-    weights: Callable[[float], float] | None = None,
+    weights: Callable[[float], float] | float | None = None,
 ) -> Fitted:
     """Grid, weights and levels fitted to the trajectories of ``task``.
 
@@ -53,8 +53,9 @@ def least_squares(
     better, then from coordinate descent for at most ``searches`` trials, then with the weights from ``refinements``
     Gauss-Newton steps. ``ridge="auto"`` and the damping of those steps are chosen on held-out trajectories.
 
-    ``history`` bounds how many of the latest outputs a row weighs (all by default). ``weights`` maps the level of an
-    inner point to how much its distance to the teacher counts beside the end's; by default only the end counts, and
+    ``history`` bounds how many of the latest outputs a row weighs (all by default). ``weights`` says how much an inner
+    point's distance to the teacher counts beside the end's, as a function of its level or a number for all; by default
+    only the end counts, and
     inner points may leave the teacher's trajectory (``refinements=0`` keeps every row's target on it).
 
     Raises:
@@ -67,6 +68,9 @@ def least_squares(
             f"least squares needs searches and refinements >= 0 and history >= 1, got {searches}, {refinements} and "
             f"{history}"
         )
+    if weights is not None and not callable(weights):
+        each = float(weights)
+        weights = lambda sigma: each  # noqa: E731
     fit = _Rows(task, history)
     if task.grid is None:
         index = _descend(fit, _first_levels(fit, task), searches, task)
