@@ -14,8 +14,8 @@ TITLES = {"digits": "Digits, 8x8", "stacked-digits": "Stacked digits, 3x8x8", "c
 
 
 def family(name: str) -> str:
-    """A peer's solver without its grid."""
-    return name.split(",")[0]
+    """A peer's solver without its grid, but for GITS, which is more than a grid."""
+    return name if name.endswith("gits") else name.split(",")[0]
 
 
 def lines(rows: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
@@ -55,7 +55,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=8, which="both")
         axes[1, column].set_xlabel("evaluations", fontsize=9)
-    axes[0, -1].legend(fontsize=7, loc="upper right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 

@@ -129,7 +129,8 @@ def _run(task: Task, table: Table, points: list[Tensor], outputs: list[Tensor], 
     """Continues a run in place: the point of the first row to be run is the last of ``points``."""
     for k in range(len(points) - 1, len(table.sigmas)):
         if len(outputs) == k:
-            outputs.append(task.D(points[k], table.sigmas[k], cond).to(points[k].dtype))
+            sigma = torch.tensor(table.sigmas[k], dtype=torch.float64)
+            outputs.append(task.D(points[k], sigma, cond).to(points[k].dtype))
         terms = [(points[i], w) for i, w in table.P[k].items()] + [(outputs[i], w) for i, w in table.W[k].items()]
         total = terms[0][0] * terms[0][1]
         for tensor, w in terms[1:]:
