@@ -176,8 +176,11 @@ def compare(
         found = {"name": name, "group": group, "nfe": row.nfe, "seed": seed, "rmse": row.rmse}
         return {**found, how.metric: row.metrics[f"{how.metric}@{flags.samples}"], **facts}
 
+    D = teacher.denoiser
+    exact = build("dpmpp3m_exact", grid("karras", 96, D.sigma_min, D.sigma_max))
     for seed in flags.seeds:
         yield measure(teacher.sampler, "teacher", "teacher", seed)
+        yield measure(exact, "converged", "converged", seed)
     for nfe in flags.nfes:
         made: dict[str, Tableau] = dict(peers(teacher, nfe, flags.rhos))
         for order in GITS_ORDERS:
@@ -211,7 +214,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for guidance in dict.fromkeys(r["guidance"] for r in rows):
         own = [r for r in rows if r["guidance"] == guidance]
-        teacher = [r[metric] for r in own if r["group"] == "teacher"]
+        teacher, converged = ([r[metric] for r in own if r["group"] == g] for g in ("teacher", "converged"))
         for nfe in dict.fromkeys(r["nfe"] for r in own if r["group"] == "calibrated"):
             fitted = [r for r in own if r["group"] == "calibrated" and r["nfe"] == nfe]
             others = [r for r in own if r["group"] == "peer" and r["nfe"] == nfe]
@@ -229,6 +232,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     f"best_peer_{metric}": best[metric],
                     "best_peer": best["name"],
                     f"teacher_{metric}": sum(teacher) / len(teacher),
+                    f"converged_{metric}": sum(converged) / len(converged),
                     "calibration_seconds": fitted[0]["calibration_seconds"],
                 }
             )
