@@ -60,6 +60,15 @@ def plot(body: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def command(name: str, settings: dict[str, Any]) -> str:
+    """The call that makes these numbers again; the pictures of CIFAR-10 are wherever the reader keeps them."""
+    data = " --data cifar10/train.parquet" if name.startswith("cifar10") else ""
+    rhos = " ".join(f"{rho:g}" for rho in settings.get("rhos", ()))
+    return f"python benchmarks/quality.py --task {name}{data} --samples {settings['samples']}" + (
+        f" --rhos {rhos}" if rhos else ""
+    )
+
+
 def quality(name: str, body: dict[str, Any]) -> str:
     """One task: the plot and the summary."""
     metric = body["metric"]
@@ -99,7 +108,7 @@ def quality(name: str, body: dict[str, Any]) -> str:
         f"{body['teacher']['network']}, {body['teacher']['steps']} steps of {body['teacher']['batch']}, seed 0. "
         "Teacher FD is its own sampler's, of 35 evaluations; its ODE was followed in 96 steps of third order. "
         f"Calibration took {min(seconds):.0f} to {max(seconds):.0f} s. Machine: {body['machine']}, other programs on "
-        f"the same cores. Command: `python benchmarks/quality.py --task {name}`.\n\n" + "\n".join(table) + "\n"
+        f"the same cores. Command: `{command(name, settings)}`.\n\n" + "\n".join(table) + "\n"
     )
 
 

@@ -87,24 +87,27 @@ def calibrate(
         task = Task(D, count, grid, work, trajectories // 4, seed, batch, clock, say)
         fitted: Fitted = _method(method)(task, **options)
         errors = {"start": fresh.error(D, fitted.start, batch), "fitted": fresh.error(D, fitted.sampler, batch)}
+    facts = {"method": method, "trajectories": trajectories, "check_trajectories": check, "seed": seed}
+    return _better(task, fitted, errors, facts)
+
+
+def _better(task: Task, fitted: Fitted, errors: Mapping[str, float], facts: Mapping[str, Any]) -> Any:
+    """The better of the fitted sampler and its start on the check, with the report of both."""
     better = errors["fitted"] <= errors["start"]
     kept: Any = fitted.sampler if better else fitted.start
     report = {
-        "method": method,
+        **facts,
         "nfe": kept.nfe,
-        "trajectories": trajectories,
-        "check_trajectories": check,
-        "seed": seed,
         "started_from": fitted.start.name,
         "check_rmse_start": errors["start"],
         "check_rmse_fitted": errors["fitted"],
         "kept": "fitted" if better else "start",
-        "sigma_min": D.sigma_min,
-        "sigma_max": D.sigma_max,
-        "shape": list(D.shape),
+        "sigma_min": task.D.sigma_min,
+        "sigma_max": task.D.sigma_max,
+        "shape": list(task.D.shape),
         **fitted.facts,
     }
-    name = "calibrated" if method == "least-squares" else method
+    name = "calibrated" if facts["method"] == "least-squares" else facts["method"]
     return replace(kept, name=f"{name}-{kept.nfe}", meta={**kept.meta, "calibration": report})
 
 
