@@ -24,6 +24,7 @@ LEFT = {
     "network",
     "figure",
     "stored",
+    "pipeline",
 }
 RIGHT = {"role", "fit", "options", "state", "distributed"}
 DIFFUSION = {f"fewstep.core.{name}" for name in ("path", "denoiser", "tableau", "sample", "generator")}

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import Classes, Generator, InputError, Mixture, Noise, Precond, load
+from fewstep import CFG, DDPM, EDM, Classes, Generator, InputError, Mixture, Noise, Precond, guided, load
+from fewstep.core.denoiser import start_std
 from fewstep.core.tableau import Builder
 from fewstep.data import load_data
 from fewstep.grid import karras
@@ -220,7 +221,7 @@ def truncate(file: Path, share: float) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no description": (lambda f: (f / "fewstep.json").unlink(), "not a fewstep generator: it has no fewstep.json"),
+    "no description": (lambda f: (f / "fewstep.json").unlink(), r"not a fewstep generator \(it has no fewstep.json\)"),
     "half a description": (lambda f: truncate(f / "fewstep.json", 0.5), "fewstep.json is not readable JSON"),
     "a list": (lambda f: (f / "fewstep.json").write_text("[]"), "must hold a JSON object, got list"),
     "bytes": (lambda f: (f / "fewstep.json").write_bytes(b"\xff\xfe\x00"), "not readable JSON"),
@@ -298,9 +299,10 @@ def test_devices_that_are_not_here(made: Generator, saved: Path, monkeypatch: py
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(made: Generator, tmp_path: Path) -> None:
     mixture = Mixture(torch.zeros(1, 2), 1.0)
-    for wrong in (replace(made, denoiser=mixture), replace(made, codec=object())):  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="only a Precond without a codec"):
-            wrong.save(tmp_path / "x")
+    with pytest.raises(InputError, match="a Mixture cannot be saved as a folder: only a Precond can"):
+        replace(made, denoiser=mixture).save(tmp_path / "x")
+    with pytest.raises(InputError, match="only classes, or the codec and conditions of a pipeline"):
+        replace(made, codec=object()).save(tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a object cannot be stored"):
         replace(made, sampler=object()).save(tmp_path / "x")  # type: ignore[arg-type]
     strange = replace(made, denoiser=Precond(torch.nn.Linear(2, 2), (2,)))
@@ -310,3 +312,52 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(made: Genera
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         made.save(tmp_path / "file" / "x")
+
+
+def test_a_guided_generator_survives(made: Generator, tmp_path: Path) -> None:
+    strong = guided(made, 2.5)
+    back = load(strong.save(tmp_path / "guided"))
+    assert isinstance(back.denoiser, CFG) and back.denoiser.scale == 2.5
+    assert back.fingerprint() == strong.fingerprint() != made.fingerprint()
+    assert far(back.sample(3, seed=1, progress=False), strong.sample(3, seed=1, progress=False)) == 0
+    rewrite(tmp_path / "guided", lambda b: b["denoiser"].update(wrapper="CGF"))
+    with pytest.raises(InputError, match="unknown wrapper of a denoiser 'CGF': did you mean 'CFG'"):
+        load(tmp_path / "guided")
+
+
+def test_guidance_needs_something_to_move_away_from(made: Generator) -> None:
+    assert guided(made, 1.0) is made
+    with pytest.raises(InputError, match="this one is unconditional"):
+        guided(replace(made, conds=None), 2.0)
+    with pytest.raises(InputError, match="reads no prompts: it cannot move away from 'blurry'"):
+        guided(made, 2.0, "blurry")
+    with pytest.raises(InputError, match="takes labels: it cannot read the prompt"):
+        made.sample(cond="a cat")
+
+
+def test_where_pure_noise_starts(made: Generator, tmp_path: Path) -> None:
+    net = made.network.net
+    betas = tuple(torch.linspace(1e-3, 0.05, 50).tolist())
+    plain = Precond(
+        net, made.denoiser.shape, path=DDPM(betas), predicts="noise", sigma_max=float(DDPM(betas).levels[-1])
+    )
+    unit = Precond(net, plain.shape, path=path, predicts="noise", sigma_max=plain.sigma_max, unit_start=True)
+    assert start_std(plain, plain.sigma_max) == plain.sigma_max
+    assert start_std(unit, plain.sigma_max) == pytest.approx((1 + plain.sigma_max**2) ** 0.5)
+    # A start further down is a noised picture, not pure noise.
+    assert start_std(unit, 1.5) == 1.5
+    assert start_std(CFG(unit, 2.0), plain.sigma_max) == start_std(unit, plain.sigma_max)
+    whole = replace(made, denoiser=unit, sampler=euler(karras(3, 0.1, plain.sigma_max)))
+    kept = load(whole.save(tmp_path))
+    assert kept.start_std() == whole.start_std() == start_std(unit, plain.sigma_max)
+    assert "unit_start" not in plain.describe()
+
+
+def test_the_nearest_trained_level() -> None:
+    path = DDPM(tuple(torch.linspace(1e-3, 0.05, 50).tolist()))
+    levels = path.levels
+    assert path.nearest(levels).tolist() == list(range(50))
+    wanted = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * float(levels[-1]) * 1.2
+    assert torch.equal(path.nearest(wanted), (wanted[:, None] - levels).abs().argmin(1).double())
+    with pytest.raises(InputError, match="continuous"):
+        EDM.nearest(1.0)

@@ -22,7 +22,7 @@ from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
-from fewstep.guide import CFG
+from fewstep.guide import guided
 from fewstep.solve.calibrate import report_of
 
 
@@ -58,7 +58,7 @@ class SamplerFlags:
 
     def guided(self, generator: Generator) -> Generator:
         """The generator under the guidance asked for."""
-        return with_guidance(generator, self.guidance)
+        return guided(generator, self.guidance)
 
     def resolve(self, generator: Generator) -> tuple[str, Sampler]:
         """The sampler's name and the sampler.
@@ -120,19 +120,6 @@ def check_fits(sampler: Sampler, generator: Generator, place: str) -> None:
             f"{place} uses noise levels from {min(levels):g} to {max(levels):g}, the generator knows those from "
             f"{D.sigma_min:g} to {D.sigma_max:g}: pass --force to run it all the same"
         )
-
-
-def with_guidance(generator: Generator, scale: float) -> Generator:
-    """The generator under classifier-free guidance; itself for scale 1.
-
-    Raises:
-        InputError: an unconditional generator, or a bad scale.
-    """
-    if scale == 1:
-        return generator
-    if generator.conds is None:
-        raise InputError(f"--guidance {scale:g} needs a generator with classes: this one is unconditional")
-    return dataclasses.replace(generator, denoiser=CFG(generator.denoiser, scale))
 
 
 def next_folder(command: str) -> Path:

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from fewstep.cli.base import next_folder, pairs, recipe_of, with_guidance
+from fewstep.cli.base import next_folder, pairs, recipe_of
 from fewstep.core.denoiser import Wrapper
 from fewstep.core.figure import error_figure
-from fewstep.core.generator import Generator, load
+from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.options import Budget
 from fewstep.core.sample import Sampler
@@ -24,7 +24,9 @@ from fewstep.core.stored import save_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
+from fewstep.guide import guided
 from fewstep.solve.calibrate import calibrate, check_request, options_of
+from fewstep.sources import load
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Calibrate:
 
     def run(self) -> None:
         """Runs the command."""
-        made = with_guidance(load(self.generator, device=self.device), self.guidance)
+        made = guided(load(self.generator, device=self.device), self.guidance)
         D = made.denoiser
         if self.grid != "chosen" and self.grid not in GRIDS:
             raise unknown("grid", self.grid, ("chosen", *GRIDS))

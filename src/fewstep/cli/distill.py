@@ -12,10 +12,10 @@ from rich.console import Console
 from fewstep.cli.base import next_folder, recipe_of
 from fewstep.cli.train import RunFlags, clean
 from fewstep.core import distributed
-from fewstep.core.generator import load
 from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
 from fewstep.errors import InputError, unknown
+from fewstep.sources import load
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fewstep.cli.base import SamplerFlags, next_folder, recipe_of
-from fewstep.core.generator import load
 from fewstep.core.state import Run
 from fewstep.data import load_data
 from fewstep.errors import InputError, unknown
 from fewstep.measure import METRICS
 from fewstep.report.pictures import save_grid
 from fewstep.report.rows import check_metrics, converged, measure_sampler
+from fewstep.sources import load
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from PIL import Image
 from rich.console import Console
 
 from fewstep.cli.base import SamplerFlags, next_folder, recipe_of
-from fewstep.core.generator import load
 from fewstep.core.noise import Noise
 from fewstep.core.state import Run, write_bytes
 from fewstep.errors import InputError
 from fewstep.measure.files import write_npz
 from fewstep.report.pictures import save_grid
+from fewstep.sources import load
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,15 @@ class Batch(NamedTuple):
         return Batch(x, {k: v.to(device, non_blocking=True) for k, v in self.cond.items()})
 
 
-def null(cond: Cond, nulls: Cond | None = None) -> dict[str, Tensor]:
+Nulls = Mapping[str, Tensor | None]
+"""What stands for "no condition": one example without batch dimension, or None where an entry is kept as it is."""
+
+
+def null(cond: Cond, nulls: Nulls | None = None) -> dict[str, Tensor]:
     """The unconditional partner of ``cond``, for guidance and for condition dropout.
 
     ``label`` becomes -1. Every other entry is taken from ``nulls`` (one example without batch dimension, such as the
-    embedding of the empty prompt) and broadcast over the batch.
+    embedding of the empty prompt) and broadcast over the batch; None keeps it, as for the size that a model is told.
 
     Raises:
         InputError: an entry has no known null.
@@ -43,7 +47,8 @@ def null(cond: Cond, nulls: Cond | None = None) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, value in cond.items():
         if nulls is not None and name in nulls:
-            out[name] = nulls[name].to(value).expand_as(value)
+            own = nulls[name]
+            out[name] = value if own is None else own.to(value).expand_as(value)
         elif name == "label":
             out[name] = torch.full_like(value, -1)
         else:
@@ -67,7 +72,7 @@ def take(cond: Cond | None, index: Tensor | slice) -> dict[str, Tensor]:
     return {} if cond is None else {name: value[index] for name, value in cond.items()}
 
 
-def drop(cond: Cond, mask: Tensor, nulls: Cond | None = None) -> dict[str, Tensor]:
+def drop(cond: Cond, mask: Tensor, nulls: Nulls | None = None) -> dict[str, Tensor]:
     """``cond`` with the rows where ``mask`` (B,) is true replaced by their null: classifier-free guidance's dropout."""
     empty = null(cond, nulls)
     return {k: torch.where(mask.reshape(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in cond.items()}

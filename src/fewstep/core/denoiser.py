@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,19 @@ from fewstep.core.network import build_network, describe_network
 from fewstep.core.path import EDM, TRIG, Path, Predicts, as64, path_config, path_from_config, widen, x0_weights
 from fewstep.errors import InputError, unknown
 
-TimeMap = Literal["native", "sigma", "log-sigma/4", "native*1000", "native*999"]
-TIME_MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "native": lambda u, sigma: u,
-    "sigma": lambda u, sigma: sigma,
-    "log-sigma/4": lambda u, sigma: sigma.log() / 4,
-    "native*1000": lambda u, sigma: u * 1000,
-    "native*999": lambda u, sigma: u * 999,
+TimeMap = Literal[
+    "native", "nearest", "sigma", "log-sigma/4", "log(sigma/2)", "250*log(sigma)", "native*1000", "native*999"
+]
+# What a network is told of the time, from the path, the native time and the noise level.
+TIME_MAPS: dict[str, Callable[[Path, Tensor, Tensor], Tensor]] = {
+    "native": lambda path, u, sigma: u,
+    "nearest": lambda path, u, sigma: path.nearest(sigma),
+    "sigma": lambda path, u, sigma: sigma,
+    "log-sigma/4": lambda path, u, sigma: sigma.log() / 4,
+    "log(sigma/2)": lambda path, u, sigma: (sigma / 2).log(),
+    "250*log(sigma)": lambda path, u, sigma: sigma.log() * 250,
+    "native*1000": lambda path, u, sigma: u * 1000,
+    "native*999": lambda path, u, sigma: u * 999,
 }
 
 
@@ -42,7 +48,10 @@ class Precond(nn.Module):
 
     ``x_u = a x`` goes in times ``scale_in``; ``scale_out`` times the output is the prediction. EDM's preconditioning
     (arXiv 2206.00364, eq. 7) is the velocity of the path ``TRIG(sigma_data)`` with the sign turned: see :func:`edm`.
+    A subclass with another preconditioning overrides :meth:`weights` and registers with :func:`preconditioning`.
     """
+
+    kind: ClassVar[str] = "path"
 
     def __init__(
         self,
@@ -57,12 +66,15 @@ class Precond(nn.Module):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
+        unit_start: bool = False,
         taps: Mapping[str, str] | None = None,
     ) -> None:
         """``net(x, time, cond)`` maps (B, *shape), (B,) and a condition to (B, *shape).
 
         ``taps`` names sub-modules of ``net`` whose outputs :meth:`features` can return; by default the network's own
-        ``taps``. ``sigma_min`` and ``sigma_max`` bound the levels the network was trained at.
+        ``taps``. ``sigma_min`` and ``sigma_max`` bound the levels the network was trained at. ``unit_start`` says that
+        the network is used from pure unit noise at ``sigma_max``, as variance-preserving models are: see
+        :func:`start_std`.
 
         Raises:
             InputError: the levels are not 0 < sigma_min < sigma_max < inf, or a name is unknown.
@@ -78,6 +90,7 @@ class Precond(nn.Module):
         self.path, self.predicts, self.time = path, predicts, time
         self.scale_in, self.scale_out = scale_in, scale_out
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.unit_start = unit_start
         self.taps = dict(taps if taps is not None else getattr(net, "taps", {}))
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
@@ -86,9 +99,9 @@ class Precond(nn.Module):
         sigma = as64(sigma)
         sigma = sigma.reshape(()) if sigma.numel() == 1 else sigma
         u = self.path.at(sigma)
-        c, k = x0_weights(self.path, self.predicts, u)
+        on_x, on_out = self.weights(u, sigma)
         a = self.path.coeffs(u).a
-        time = TIME_MAPS[self.time](u, sigma)
+        time = TIME_MAPS[self.time](self.path, u, sigma)
         if time.ndim == 0:
             # Adding a number of the host copies nothing: nothing waits for the device, and a graph can capture it.
             time = torch.zeros(len(x), device=x.device) + time
@@ -96,12 +109,20 @@ class Precond(nn.Module):
             time = time.to(x.device, torch.float32).reshape(len(x), -1)[:, 0]
         x_in = (widen(a * self.scale_in, x) * x).to(next(self.net.parameters()).dtype)
         out = self.net(x_in, time, cond or {})
-        return widen(c * a, x) * x + widen(k * self.scale_out, x) * out.to(x.dtype)
+        return widen(on_x, x) * x + widen(on_out, x) * out.to(x.dtype)
+
+    def weights(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of ``x`` and of the network's output in the estimate, float64, shaped like ``sigma``."""
+        c, k = x0_weights(self.path, self.predicts, u)
+        return c * self.path.coeffs(u).a, k * self.scale_out
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what :func:`build_precond` makes this denoiser from, with fresh weights."""
         fields = ("shape", "predicts", "time", "scale_in", "scale_out", "sigma_min", "sigma_max", "sigma_data")
-        parts = {"net": describe_network(self.net), "path": path_config(self.path)}
+        parts: dict[str, Any] = {"net": describe_network(self.net), "path": path_config(self.path)}
+        # Written only where they say something, so that older folders keep their fingerprints.
+        parts |= {"kind": self.kind} if self.kind != "path" else {}
+        parts |= {"unit_start": True} if self.unit_start else {}
         return {**parts, **{name: getattr(self, name) for name in fields}}
 
     def features(
@@ -143,6 +164,32 @@ def edm(net: nn.Module, shape: Sequence[int], *, sigma_data: float = 0.5, **opti
     )
 
 
+PRECONDITIONINGS: dict[str, type[Precond]] = {"path": Precond}
+P = TypeVar("P", bound=type[Precond])
+
+
+def preconditioning(kind: str) -> Callable[[P], P]:
+    """Class decorator: a subclass of :class:`Precond` with the same constructor is known to files under ``kind``."""
+
+    def add(cls: P) -> P:
+        cls.kind = kind
+        PRECONDITIONINGS[kind] = cls
+        return cls
+
+    return add
+
+
+def start_std(D: Denoiser, level: float) -> float:
+    """The standard deviation of the pure noise that a sampler starts from at ``level``.
+
+    ``level`` itself, the noise of ``x = x0 + sigma n``; for a model with ``unit_start`` at its ``sigma_max``, what
+    makes the network's own input ``x / sqrt(1 + sigma^2)`` unit noise.
+    """
+    inner = D.inner if isinstance(D, Wrapper) else D
+    at_top = level >= (1 - 1e-6) * inner.sigma_max
+    return math.hypot(1.0, level) if getattr(inner, "unit_start", False) and at_top else float(level)
+
+
 def build_precond(description: Mapping[str, Any]) -> Precond:
     """The denoiser that :meth:`Precond.describe` described, with fresh weights.
 
@@ -150,9 +197,12 @@ def build_precond(description: Mapping[str, Any]) -> Precond:
         InputError: an unknown network or path, or fields that do not belong.
     """
     fields = dict(description)
+    kind = fields.pop("kind", "path")
+    if kind not in PRECONDITIONINGS:
+        raise unknown("preconditioning", str(kind), PRECONDITIONINGS)
     try:
         net, path = build_network(fields.pop("net")), path_from_config(fields.pop("path"))
-        return Precond(net, fields.pop("shape"), path=path, **fields)
+        return PRECONDITIONINGS[kind](net, fields.pop("shape"), path=path, **fields)
     except (KeyError, TypeError) as error:
         raise InputError(f"the description of a denoiser is incomplete or has unknown fields: {error}") from None
 
@@ -170,6 +220,11 @@ class Wrapper:
         """See :class:`Denoiser`."""
         return self.denoiser(x, sigma, cond)
 
+    @classmethod
+    def rebuilt(cls, denoiser: Denoiser, fields: Mapping[str, Any], conds: Any) -> Wrapper:
+        """From what :meth:`describe` told of this wrapper's own numbers, around ``denoiser``."""
+        return cls(denoiser, **fields)
+
     @property
     def inner(self) -> Denoiser:
         """What lies under all wrappers."""
@@ -180,6 +235,38 @@ class Wrapper:
         plain = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
         of = self.denoiser.describe() if isinstance(self.denoiser, Precond | Wrapper) else type(self.denoiser).__name__
         return {"wrapper": type(self).__name__, **plain, "of": of}
+
+
+W = TypeVar("W", bound=type[Wrapper])
+WRAPPERS: dict[str, type[Wrapper]] = {}
+
+
+def wrapper(cls: W) -> W:
+    """Class decorator: files may hold this wrapper; its ``rebuilt(D, fields, conds)`` makes it from its description."""
+    WRAPPERS[cls.__name__] = cls
+    return cls
+
+
+def build_denoiser(description: Mapping[str, Any], conds: Any = None) -> Denoiser:
+    """The denoiser that ``describe`` described, wrappers and all, with fresh weights.
+
+    ``conds`` are the generator's conditions, which guidance takes its null values from.
+
+    Raises:
+        InputError: an unknown wrapper, network or path, or fields that do not belong.
+    """
+    if "wrapper" not in description:
+        return build_precond(description)
+    fields = dict(description)
+    kind, of = str(fields.pop("wrapper")), fields.pop("of", None)
+    if kind not in WRAPPERS:
+        raise unknown("wrapper of a denoiser", kind, WRAPPERS)
+    if not isinstance(of, Mapping):
+        raise InputError(f"the description of a {kind} lacks what it wraps")
+    try:
+        return WRAPPERS[kind].rebuilt(build_denoiser(of, conds), fields, conds)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the description of a {kind} is incomplete or has unknown fields: {error}") from None
 
 
 def module_of(D: Denoiser) -> nn.Module | None:

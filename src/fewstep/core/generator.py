@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.core.cond import Classes, Cond, take
-from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_precond, module_of
+from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_denoiser, module_of, start_std
 from fewstep.core.noise import Noise
+from fewstep.core.pipeline import Codec, Conditions, Pipeline, TextConditions, open_pipeline
 from fewstep.core.sample import OnStep, Sampler
 from fewstep.core.state import load_tensors, load_weights, read_json, save_tensors, write_text
 from fewstep.core.stored import load_sampler, save_sampler
@@ -27,12 +28,10 @@ SAMPLER_FOLDER = "sampler"
 FORMAT = "fewstep-generator/1"
 
 
-class Codec(Protocol):
-    """A latent space: ``decode`` turns latents into pictures in [-1, 1]."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, ...) -> pictures (B, C, H, W)."""
-        ...
+Prompts = str | Sequence[str]
+Exporter = Callable[..., Any]
+# Filled by the room that exports; nothing here knows of it.
+EXPORTERS: dict[str, Exporter] = {}
 
 
 @dataclass
@@ -45,13 +44,15 @@ class Generator:
         codec: decodes latents; None for pixel models.
         conds: where conditions come from when none are given; None for unconditional models.
         card: JSON-able facts about it: how it was made and what was measured.
+        pipeline: where codec and conditions are found again, such as the folder of a diffusers pipeline.
     """
 
     denoiser: Denoiser
     sampler: Sampler
     codec: Codec | None = None
-    conds: Classes | None = None
+    conds: Conditions | None = None
     card: dict[str, Any] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +72,7 @@ class Generator:
         return self.denoiser
 
     def to(self, device: str | torch.device) -> Generator:
-        """Moves the network in place; returns the generator.
+        """Moves the network, and what its pipeline has loaded, in place; returns the generator.
 
         Raises:
             InputError: there is no such device here.
@@ -79,13 +80,32 @@ class Generator:
         place, module = check_device(device), module_of(self.denoiser)
         if module is not None:
             module.to(place)
+        if self.pipeline is not None:
+            self.pipeline.to(place)
         return self
 
-    def conditions(self, cond: Cond | None, noise: Noise) -> dict[str, Tensor]:
-        """The conditions of the samples of ``noise``: those given, checked, or drawn by each sample's own seed."""
+    def encode(self, prompts: Prompts) -> dict[str, Tensor]:
+        """The conditions of one or several prompts.
+
+        Raises:
+            InputError: this generator takes no prompts.
+        """
+        if not isinstance(self.conds, TextConditions):
+            takes = "labels" if self.conds is not None else "no condition"
+            raise InputError(f"this generator takes {takes}: it cannot read the prompt {prompts!r}")
+        return self.conds.encode([prompts] if isinstance(prompts, str) else list(prompts))
+
+    def conditions(self, cond: Cond | Prompts | None, noise: Noise) -> dict[str, Tensor]:
+        """The conditions of the samples of ``noise``: those given, checked, or drawn by each sample's own seed.
+
+        One prompt, or a list of as many as there are samples, is encoded.
+        """
         device = noise.seeds.device
+        if isinstance(cond, str | list | tuple) and cond:
+            cond = self.encode([cond] * len(noise) if isinstance(cond, str) else cond)
         if not cond:
             return {} if self.conds is None else self.conds.draw(noise)
+        assert isinstance(cond, Mapping)
         if self.conds is None:
             raise InputError(f"this generator is unconditional: it cannot take {sorted(cond)}")
         self.conds.check(cond)
@@ -95,7 +115,7 @@ class Generator:
     def sample(
         self,
         n: int | None = None,
-        cond: Cond | None = None,
+        cond: Cond | Prompts | None = None,
         *,
         seed: int | Sequence[int] = 0,
         sampler: Sampler | None = None,
@@ -105,8 +125,9 @@ class Generator:
     ) -> Tensor:
         """``n`` pictures (n, C, H, W) in [-1, 1], float32 on the CPU.
 
-        Picture i is a function of (seed, i) alone: any ``batch`` gives the same. A sequence of seeds gives each
-        picture its own. Without ``n`` there are as many as conditions or seeds, or one.
+        ``cond`` is a condition, or one prompt for all, or a list of prompts where the generator reads them. Picture i
+        is a function of (seed, i) alone: any ``batch`` gives the same. A sequence of seeds gives each picture its own.
+        Without ``n`` there are as many as conditions or seeds, or one.
 
         Raises:
             InputError: counts that do not agree, n < 1, a label out of range, or pictures that are not finite.
@@ -120,7 +141,7 @@ class Generator:
         parts = []
         for i in _bar(range(0, count, batch), progress and count > batch):
             own, rows = noise[i : i + batch], slice(i, i + batch)
-            x = use.start * own.normal(self.denoiser.shape, "start")
+            x = self.start_std(use) * own.normal(self.denoiser.shape, "start")
             x = use(self.denoiser, x, take(conds, rows), noise=own.fold("sampler"), on_step=on_step)
             parts.append((x if self.codec is None else self.codec.decode(x)).float().cpu())
         pictures = torch.cat(parts)
@@ -128,6 +149,12 @@ class Generator:
         if len(wrong):
             raise InputError(f"{len(wrong)} of {count} pictures are not finite, the first is number {int(wrong[0])}")
         return pictures.clamp_(-1, 1)
+
+    def start_std(self, sampler: Sampler | None = None) -> float:
+        """The standard deviation of the noise that ``sampler`` starts from: its own, or the denoiser's at its start."""
+        use = self.sampler if sampler is None else sampler
+        own = getattr(use, "start_std", None)
+        return start_std(self.denoiser, use.start) if own is None else float(own)
 
     def with_sampler(self, sampler: Sampler) -> Generator:
         """The same network with another default sampler."""
@@ -151,21 +178,26 @@ class Generator:
             InputError: a network, codec or sampler without a description, or a place that cannot be written.
         """
         folder = Path(folder)
-        if not isinstance(self.denoiser, Precond) or self.codec is not None:
-            raise InputError("only a Precond without a codec can be saved as a fewstep folder")
+        module = module_of(self.denoiser)
+        if not isinstance(module, Precond) or not isinstance(self.denoiser, Precond | Wrapper):
+            raise InputError(f"a {type(self.denoiser).__name__} cannot be saved as a folder: only a Precond can")
+        if self.pipeline is None and not (self.codec is None and isinstance(self.conds, Classes | None)):
+            raise InputError("only classes, or the codec and conditions of a pipeline, can be saved in a folder")
         body = {
             "format": FORMAT,
             "denoiser": self.denoiser.describe(),
-            "classes": None if self.conds is None else asdict(self.conds),
+            "classes": asdict(self.conds) if isinstance(self.conds, Classes) else None,
             "card": self.card,
         }
+        if self.pipeline is not None:
+            body["pipeline"] = {"kind": self.pipeline.kind, **self.pipeline.describe()}
         # The sampler first, because it may be of a kind that cannot be stored.
         if isinstance(self.sampler, Tableau):
             save_sampler(self.sampler, folder / SAMPLER)
         else:
             save_sampler(self.sampler, folder / SAMPLER_FOLDER)
             (folder / SAMPLER).unlink(missing_ok=True)
-        save_tensors(folder / WEIGHTS, self.denoiser.state_dict())
+        save_tensors(folder / WEIGHTS, module.state_dict())
         # Last, because a folder counts as a generator once this file is there.
         write_text(folder / CONFIG, json.dumps(body, indent=2) + "\n")
         return folder
@@ -185,9 +217,14 @@ class Generator:
             raise InputError(f"{folder / CONFIG} has format {body.get('format')!r}, expected {FORMAT!r}")
         here = check_device(device)
         try:
-            denoiser = build_precond(body["denoiser"]).to(here)
-            classes = body.get("classes")
-            conds = None if classes is None else Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
+            classes, parts = body.get("classes"), body.get("pipeline")
+            around = None if parts is None else open_pipeline(parts, here)
+            conds: Conditions | None = None if around is None else around.conds
+            if classes is not None:
+                conds = Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
+            denoiser = build_denoiser(body["denoiser"], conds)
+            module = module_of(denoiser)
+            assert module is not None
             place = folder / SAMPLER if (folder / SAMPLER).is_file() else folder / SAMPLER_FOLDER
             if not place.exists():
                 raise InputError(f"{folder} is incomplete: it has no {SAMPLER}")
@@ -196,20 +233,20 @@ class Generator:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is damaged: {CONFIG} or {SAMPLER} lacks or garbles {error}") from None
-        load_weights(denoiser, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
-        denoiser.eval().requires_grad_(False)
-        return cls(denoiser, sampler, None, conds, body.get("card", {}))
+        load_weights(module, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+        module.to(here).eval().requires_grad_(False)
+        return cls(denoiser, sampler, None if around is None else around.codec, conds, body.get("card", {}), around)
 
+    def to_diffusers(self, folder: str | Path, **options: Any) -> Path:
+        """Writes a folder that ``diffusers.DiffusionPipeline.from_pretrained`` opens where fewstep is not installed.
 
-def load(source: str | Path, *, device: str | torch.device = "cpu") -> Generator:
-    """A generator from a fewstep folder.
+        See :func:`fewstep.export.pipeline.to_diffusers` for the options and what is checked.
+        """
+        return Path(EXPORTERS["diffusers"](self, folder, **options))
 
-    Raises:
-        InputError: the folder does not exist or holds no generator.
-    """
-    if not Path(source).exists():
-        raise InputError(f"{source} does not exist: pass the folder of a fewstep generator or run")
-    return Generator.load(source, device=device)
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Uploads it with a model card; returns its address. See :func:`fewstep.export.hub.push_to_hub`."""
+        return str(EXPORTERS["hub"](self, repo, **options))
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -230,9 +267,12 @@ def check_device(device: str | torch.device) -> torch.device:
     return wanted
 
 
-def _count(n: int | None, cond: Cond | None, seed: int | Sequence[int]) -> int:
+def _count(n: int | None, cond: Cond | Prompts | None, seed: int | Sequence[int]) -> int:
     said = {"n": n} if n is not None else {}
-    said |= {f"cond[{k!r}]": len(v) for k, v in (cond or {}).items()}
+    if isinstance(cond, Mapping):
+        said |= {f"cond[{k!r}]": len(v) for k, v in cond.items()}
+    elif cond is not None and not isinstance(cond, str):
+        said |= {"prompts": len(cond)}
     said |= {} if isinstance(seed, int) else {"seed": len(seed)}
     if len(set(said.values())) > 1:
         raise InputError(f"how many pictures? {', '.join(f'{k} says {v}' for k, v in said.items())}")

@@ -58,6 +58,14 @@ class Path:
         """The native time of noise level ``sigma``: the inverse of :meth:`sigma`."""
         raise NotImplementedError
 
+    def nearest(self, sigma: Time) -> Tensor:
+        """The index of the trained level nearest to ``sigma``, for paths that are a table.
+
+        Raises:
+            InputError: the path is continuous.
+        """
+        raise InputError(f"{type(self).__name__} is continuous: only a DDPM path has a table of trained levels")
+
 
 @dataclass(frozen=True)
 class EDMPath(Path):
@@ -194,6 +202,13 @@ class DDPMPath(Path):
         table = self.__dict__["_log_sigma"].to(log.device)
         low = (torch.searchsorted(table, log.contiguous()) - 1).clamp(0, len(table) - 2)
         return low + (log - table[low]) / (table[low + 1] - table[low])
+
+    def nearest(self, sigma: Time) -> Tensor:
+        """See :meth:`Path.nearest`."""
+        sigma = as64(sigma)
+        levels = self.levels.to(sigma.device)
+        low = (torch.searchsorted(levels, sigma.contiguous()) - 1).clamp(0, len(levels) - 2)
+        return low + (levels[low + 1] - sigma < sigma - levels[low]).to(torch.float64)
 
 
 EDM = EDMPath()

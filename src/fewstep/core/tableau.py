@@ -126,6 +126,12 @@ class Tableau:
         return float(self.levels[-1])
 
     @property
+    def start_std(self) -> float | None:
+        """The standard deviation of the start, if the sampler that this table was traced from has one of its own."""
+        said = self.meta.get("traced", {}).get("start_std")
+        return None if said is None else float(said)
+
+    @property
     def nfe(self) -> int:
         """Number of denoiser evaluations."""
         return int((~self.sigmas.isnan()).sum())
@@ -235,7 +241,8 @@ class Tableau:
         if stop <= start:
             raise InputError(f"rows {start}:{stop} of a tableau with {self.rows} rows are empty")
         part = {key: getattr(self, key)[start:stop] for key in ("P", "W", "Z")}
-        meta = {k: v for k, v in self.meta.items() if k not in ("solver", "options")}
+        # What made the whole did not make the part; a later start is no sampler's own start.
+        meta = {k: v for k, v in self.meta.items() if k not in ("solver", "options", "traced")}
         name = f"{self.name}[{start}:{stop}]"
         return Tableau(self.sigmas[start:stop], self.levels[start : stop + 1], **part, name=name, meta=meta)
 

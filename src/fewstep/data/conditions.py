@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.core.cond import Batch, Classes
+from fewstep.core.cond import Batch
 from fewstep.core.noise import Noise
+from fewstep.core.pipeline import Conditions
 
 
 @dataclass(frozen=True)
 class ConditionsOnly:
     """Batches with conditions drawn from a generator's own, a function of (seed, number), and no pictures."""
 
-    conds: Classes | None
+    conds: Conditions | None
     seed: int = 0
     size: int = 2**16
 

@@ -86,7 +86,7 @@ def measure_sampler(
     with torch.no_grad():
         probe = Noise.of(seed, 1, generator.device)
         first = {k: v[:1] for k, v in generator.conditions(None, probe).items()}
-        x = sampler.start * probe.normal(generator.denoiser.shape, "start")
+        x = generator.start_std(sampler) * probe.normal(generator.denoiser.shape, "start")
         sampler(counted, x, first, noise=probe)
     scores = evaluate(pictures, data, metrics=metrics, labels=labels, extractor=extractor, seed=seed)
     rmse = None if ends is None else float((pictures - ends).flatten(1).double().square().mean(1).sqrt().mean())

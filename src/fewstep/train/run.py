@@ -118,7 +118,7 @@ def train(
 
 def _shipped(method: Method, models: Models, start: Generator) -> Generator:
     name = next(n for n, role in models.roles.items() if role.ships)
-    return Generator(models.ema(name), method.sampler(start), start.codec, start.conds)
+    return Generator(models.ema(name), method.sampler(start), start.codec, start.conds, pipeline=start.pipeline)
 
 
 def _entry(report: Report) -> dict[str, Any]:
