@@ -337,10 +337,8 @@ def test_guidance_needs_something_to_move_away_from(made: Generator) -> None:
 
 def test_where_pure_noise_starts(made: Generator, tmp_path: Path) -> None:
     net = made.network.net
-    betas = tuple(torch.linspace(1e-3, 0.05, 50).tolist())
-    plain = Precond(
-        net, made.denoiser.shape, path=DDPM(betas), predicts="noise", sigma_max=float(DDPM(betas).levels[-1])
-    )
+    path = DDPM(tuple(torch.linspace(1e-3, 0.05, 50).tolist()))
+    plain = Precond(net, made.denoiser.shape, path=path, predicts="noise", sigma_max=float(path.levels[-1]))
     unit = Precond(net, plain.shape, path=path, predicts="noise", sigma_max=plain.sigma_max, unit_start=True)
     assert start_std(plain, plain.sigma_max) == plain.sigma_max
     assert start_std(unit, plain.sigma_max) == pytest.approx((1 + plain.sigma_max**2) ** 0.5)
