@@ -15,7 +15,7 @@ Kind = Literal["fewstep", "diffusers", "edm", "guided", "consistency", "k-diffus
 
 
 def load(
-    source: str | Path, *, kind: Kind | None = None, device: str | torch.device = "cpu", **options: Any
+    source: str | Path, *, kind: str | None = None, device: str | torch.device = "cpu", **options: Any
 ) -> Generator:
     """A generator from whatever holds one; nothing in a file is executed.
 
@@ -79,8 +79,16 @@ def _kind_of_file(path: Path) -> Kind:
 
         return "consistency" if is_consistency(path) else "guided"
     if path.suffix == ".safetensors":
+        from fewstep.sources.checkpoint import read_checkpoint
+        from fewstep.sources.openai import is_consistency
+
+        # OpenAI's names, in the other container.
+        if "input_blocks.0.0.weight" in read_checkpoint(path):
+            return "consistency" if is_consistency(path) else "guided"
         return "k-diffusion"
-    raise InputError(f"{path} is not a fewstep generator, nor a checkpoint that is known: expected .pkl, .pt, .pth or .safetensors")
+    raise InputError(
+        f"{path} is not a fewstep generator, nor a checkpoint that is known: expected .pkl, .pt, .pth or .safetensors"
+    )
 
 
 def _fewstep(source: str | Path, *, device: str | torch.device) -> Generator:
