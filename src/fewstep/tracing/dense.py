@@ -79,6 +79,7 @@ def compare(a: Tableau, b: Tableau) -> list[RowDifference]:
     first, second = dense(a), dense(b)
     calls = max(len(first.calls), len(second.calls))
     (xa, ca), (xb, cb) = (_called(d, t.start, calls) for d, t in ((first, a), (second, b)))
+    sa, sb = ca.diagonal().sqrt(), cb.diagonal().sqrt()
     found = [RowDifference("start", a.start, b.start, 0.0)]
     for k in [*range(calls), calls]:
         where = f"call {k}" if k < calls else "end"
@@ -86,8 +87,9 @@ def compare(a: Tableau, b: Tableau) -> list[RowDifference]:
         if level_a is None or level_b is None:
             found.append(RowDifference(where, level_a, level_b, math.inf))
             continue
-        spread = max(float(ca[k, k].sqrt()), float(cb[k, k].sqrt()), 1e-150)
-        noise = float((ca[k, : k + 1] - cb[k, : k + 1]).abs().max()) / spread
+        # By the spread of the other point: that of this one may be next to nothing, as at the end of a sampler.
+        lean = (ca[k, :k] - cb[k, :k]).abs() / torch.maximum(sa, sb)[:k].clamp(min=1e-12)
+        noise = max(float((sa[k] - sb[k]).abs()), float(lean.max()) if k else 0.0)
         found.append(RowDifference(where, level_a, level_b, max(float((xa[k] - xb[k]).abs().max()), noise)))
     return found
 
