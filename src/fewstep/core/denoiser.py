@@ -15,7 +15,15 @@ from fewstep.core.path import EDM, TRIG, Path, Predicts, as64, path_config, path
 from fewstep.errors import InputError, unknown
 
 TimeMap = Literal[
-    "native", "nearest", "sigma", "log-sigma/4", "log(sigma/2)", "250*log(sigma)", "native*1000", "native*999"
+    "native",
+    "nearest",
+    "sigma",
+    "log-sigma/4",
+    "log(sigma/2)",
+    "250*log(sigma)",
+    "native*1000",
+    "native*999",
+    "vp*999 in float32",
 ]
 # What a network is told of the time, from the path, the native time and the noise level.
 TIME_MAPS: dict[str, Callable[[Path, Tensor, Tensor], Tensor]] = {
@@ -27,7 +35,14 @@ TIME_MAPS: dict[str, Callable[[Path, Tensor, Tensor], Tensor]] = {
     "250*log(sigma)": lambda path, u, sigma: sigma.log() * 250,
     "native*1000": lambda path, u, sigma: u * 1000,
     "native*999": lambda path, u, sigma: u * 999,
+    "vp*999 in float32": lambda path, u, sigma: _vp_time(path, sigma.float()) * 999,
 }
+
+
+def _vp_time(path: Any, sigma: Tensor) -> Tensor:
+    """:meth:`VPPath.at` as EDM's VP networks were told it: its rounding is large enough to be seen in their output."""
+    grown = path.beta_min**2 + 2 * path.beta_d * (1 + sigma**2).log()
+    return (grown.sqrt() - path.beta_min) / path.beta_d
 
 
 class Denoiser(Protocol):
@@ -188,6 +203,16 @@ def start_std(D: Denoiser, level: float) -> float:
     inner = D.inner if isinstance(D, Wrapper) else D
     at_top = level >= (1 - 1e-6) * inner.sigma_max
     return math.hypot(1.0, level) if getattr(inner, "unit_start", False) and at_top else float(level)
+
+
+def end_scale(D: Denoiser, level: float) -> float:
+    """What a result at ``level`` is multiplied by before it is decoded: 1, and 1 for any result at level 0.
+
+    The pipelines of models with ``unit_start`` hand on the network's own state ``x / sqrt(1 + sigma^2)``, also where
+    their sampler stops short of 0.
+    """
+    inner = D.inner if isinstance(D, Wrapper) else D
+    return 1 / math.hypot(1.0, level) if getattr(inner, "unit_start", False) else 1.0
 
 
 def build_precond(description: Mapping[str, Any]) -> Precond:

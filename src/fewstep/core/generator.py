@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.cond import Classes, Cond, take
-from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_denoiser, module_of, start_std
+from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_denoiser, end_scale, module_of, start_std
 from fewstep.core.noise import Noise
 from fewstep.core.pipeline import Codec, Conditions, Pipeline, TextConditions, open_pipeline
 from fewstep.core.sample import OnStep, Sampler
@@ -143,12 +143,18 @@ class Generator:
             own, rows = noise[i : i + batch], slice(i, i + batch)
             x = self.start_std(use) * own.normal(self.denoiser.shape, "start")
             x = use(self.denoiser, x, take(conds, rows), noise=own.fold("sampler"), on_step=on_step)
-            parts.append((x if self.codec is None else self.codec.decode(x)).float().cpu())
+            parts.append(self.decode(x, use.end).float().cpu())
         pictures = torch.cat(parts)
         wrong = (~pictures.flatten(1).isfinite().all(1)).nonzero()
         if len(wrong):
             raise InputError(f"{len(wrong)} of {count} pictures are not finite, the first is number {int(wrong[0])}")
         return pictures.clamp_(-1, 1)
+
+    def decode(self, x: Tensor, level: float = 0.0) -> Tensor:
+        """Pictures (B, C, H, W) from a sampler's result at noise level ``level``; not clamped."""
+        scale = end_scale(self.denoiser, level)
+        x = x if scale == 1 else x * scale
+        return x if self.codec is None else self.codec.decode(x)
 
     def start_std(self, sampler: Sampler | None = None) -> float:
         """The standard deviation of the noise that ``sampler`` starts from: its own, or the denoiser's at its start."""
@@ -203,8 +209,12 @@ class Generator:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Generator:
+    def load(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", base: str | Path | None = None
+    ) -> Generator:
         """Opens what :meth:`save` wrote. Nothing in the folder is executed.
+
+        ``base`` is where the pipeline around the network is now, if not where it was when the folder was written.
 
         Raises:
             InputError: not such a folder, damaged weights, weights of another architecture, or no such device.
@@ -218,7 +228,10 @@ class Generator:
         here = check_device(device)
         try:
             classes, parts = body.get("classes"), body.get("pipeline")
-            around = None if parts is None else open_pipeline(parts, here)
+            if base is not None and parts is None:
+                raise InputError(f"{folder} needs nothing around its network: it cannot take base={str(base)!r}")
+            moved = {} if base is None else {"source": str(base)}
+            around = None if parts is None else open_pipeline({**parts, **moved}, here)
             conds: Conditions | None = None if around is None else around.conds
             if classes is not None:
                 conds = Classes(tuple(classes["frequencies"]), tuple(classes["names"]))

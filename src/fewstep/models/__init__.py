@@ -1,6 +1,29 @@
 """Networks ``net(x, time, cond)``, each described by a frozen config that files can carry."""
 
+from fewstep.models.adm import ADM, ADMConfig
+from fewstep.models.diffusers import DiffusersConfig, DiffusersNet
+from fewstep.models.edm2 import EDM2Config, EDM2UNet
+from fewstep.models.guided import GuidedUNet, GuidedUNetConfig
+from fewstep.models.k_unet import KUNet, KUNetConfig
 from fewstep.models.mlp import ResMLP, ResMLPConfig
+from fewstep.models.song_unet import SongUNet, SongUNetConfig
 from fewstep.models.unet import UNet, UNetConfig
 
-__all__ = ["ResMLP", "ResMLPConfig", "UNet", "UNetConfig"]
+__all__ = [
+    "ADM",
+    "ADMConfig",
+    "DiffusersConfig",
+    "DiffusersNet",
+    "EDM2Config",
+    "EDM2UNet",
+    "GuidedUNet",
+    "GuidedUNetConfig",
+    "KUNet",
+    "KUNetConfig",
+    "ResMLP",
+    "ResMLPConfig",
+    "SongUNet",
+    "SongUNetConfig",
+    "UNet",
+    "UNetConfig",
+]

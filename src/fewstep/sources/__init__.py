@@ -11,7 +11,11 @@ import torch
 from fewstep.core.generator import CONFIG, Generator
 from fewstep.errors import InputError, unknown
 
-Kind = Literal["fewstep", "diffusers", "edm", "guided", "consistency", "k-diffusion"]
+# Known to files from here on; nothing of diffusers is imported with it.
+from fewstep.sources import diffusers_pipeline as diffusers_pipeline
+from fewstep.sources import edm_latents as edm_latents
+
+Kind = Literal["fewstep", "hub", "diffusers", "edm", "guided", "consistency", "k-diffusion"]
 
 
 def load(
@@ -20,7 +24,8 @@ def load(
     """A generator from whatever holds one; nothing in a file is executed.
 
     * a fewstep folder (``kind="fewstep"``);
-    * a diffusers folder or Hub id ("diffusers": :func:`fewstep.sources.diffusers.load_diffusers`);
+    * a diffusers folder ("diffusers": :func:`fewstep.sources.diffusers.load_diffusers`);
+    * a Hub id, owner/name, of either ("hub");
     * a pickle of NVIDIA's EDM or EDM2 ("edm", ``.pkl``: :func:`fewstep.sources.edm.load_edm`);
     * a checkpoint of OpenAI's guided-diffusion or consistency-models ("guided", "consistency", ``.pt``:
       :mod:`fewstep.sources.openai`);
@@ -64,7 +69,7 @@ def kind_of(source: str | Path) -> Kind:
         return _kind_of_file(path)
     words = str(source).split("/")
     if len(words) == 2 and all(words) and not path.suffix and not str(source).startswith((".", "~")):
-        return "diffusers"
+        return "hub"
     raise InputError(
         f"{source} does not exist: pass a folder of fewstep or diffusers, a Hub id (owner/name), or a .pkl, .pt or "
         ".safetensors checkpoint"
@@ -91,8 +96,18 @@ def _kind_of_file(path: Path) -> Kind:
     )
 
 
-def _fewstep(source: str | Path, *, device: str | torch.device) -> Generator:
-    return Generator.load(source, device=device)
+def _fewstep(source: str | Path, **options: Any) -> Generator:
+    return Generator.load(source, **options)
+
+
+def _hub(source: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any) -> Generator:
+    """A repository of the Hub: a fewstep folder or a diffusers pipeline."""
+    from fewstep.export.hub import download
+
+    found = download(str(source), revision=revision, token=token, allow=["model_index.json", CONFIG])
+    if (found / CONFIG).is_file() and not (found / "model_index.json").is_file():
+        return Generator.load(download(str(source), revision=revision, token=token), **options)
+    return _diffusers(source, revision=revision, token=token, **options)
 
 
 def _diffusers(source: str | Path, **options: Any) -> Generator:
@@ -127,6 +142,7 @@ def _k_diffusion(source: str | Path, **options: Any) -> Generator:
 
 OPENERS: dict[str, Callable[..., Generator]] = {
     "fewstep": _fewstep,
+    "hub": _hub,
     "diffusers": _diffusers,
     "edm": _edm,
     "guided": _guided,
