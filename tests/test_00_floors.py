@@ -26,7 +26,7 @@ LEFT = {
     "stored",
     "pipeline",
 }
-RIGHT = {"role", "fit", "options", "state", "distributed"}
+RIGHT = {"role", "fit", "options", "state", "distributed", "memory"}
 DIFFUSION = {f"fewstep.core.{name}" for name in ("path", "denoiser", "tableau", "sample", "generator")}
 
 

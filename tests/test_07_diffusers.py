@@ -15,7 +15,7 @@ from fewstep import Generator, InputError, guided
 from fewstep.core.noise import Noise
 from fewstep.solve import build
 from fewstep.sources.diffusers import load_diffusers
-from tiny_pipelines import ddpm, dit, flux, pixart, randomised, sana, sd3, sdxl, stable_diffusion
+from tiny_models import ddpm, dit, flux, pixart, randomised, sana, sd3, sdxl, stable_diffusion
 
 # Divides 1000: otherwise DDIM's trailing steps leave for other levels than they arrive at.
 STEPS = 4

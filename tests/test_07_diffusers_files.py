@@ -20,7 +20,7 @@ from fewstep.core.pipeline import TextConditions
 from fewstep.models.diffusers import FAMILIES, DiffusersNet, check_conditions
 from fewstep.sources.diffusers import load_diffusers, native
 from fewstep.sources.diffusers_files import _wanted
-from tiny_pipelines import ddpm, dit, flux, sd3, sdxl, stable_diffusion
+from tiny_models import ddpm, dit, flux, sd3, sdxl, stable_diffusion
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,

@@ -28,6 +28,8 @@ COMMANDS = (
     "evaluate",
     "trace",
     "compare-tableaux",
+    "export",
+    "export-sampler",
     "show",
     "methods",
 )
@@ -42,6 +44,8 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep evaluate GENERATOR       score pictures against real ones
   fewstep trace SCHEDULER -o FILE  a scheduler of diffusers as a tableau
   fewstep compare-tableaux A B     where two tableaux differ, row by row
+  fewstep export GENERATOR         a folder that diffusers opens without fewstep, proved
+  fewstep export-sampler SAMPLER   its levels as a list, for ComfyUI, diffusers and others
   fewstep show PATH                look at a tableau, a generator or a run; --geometry: its trajectories
   fewstep methods [METHOD]         what can be distilled, with defaults and sources
 

@@ -24,6 +24,7 @@ from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
 from fewstep.guide import guided
 from fewstep.solve.calibrate import report_of
+from fewstep.sources import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SamplerFlags:
         sigma_min: last positive noise level; the generator's own without one.
         sigma_max: first noise level; the generator's own without one.
         guidance: scale of classifier-free guidance; 1 is none.
+        negative: prompt that guidance moves away from, for text pipelines.
         force: runs a sampler that was fitted to another generator or to other noise levels.
     """
 
@@ -54,11 +56,12 @@ class SamplerFlags:
     sigma_min: float | None = None
     sigma_max: float | None = None
     guidance: float = 1.0
+    negative: str = ""
     force: bool = False
 
     def guided(self, generator: Generator) -> Generator:
         """The generator under the guidance asked for."""
-        return guided(generator, self.guidance)
+        return guided(generator, self.guidance, self.negative)
 
     def resolve(self, generator: Generator) -> tuple[str, Sampler]:
         """The sampler's name and the sampler.
@@ -96,6 +99,28 @@ class SamplerFlags:
         if not self.force:
             check_fits(found, generator, self.sampler)
         return str(getattr(found, "name", "sampler")), found
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFlags:
+    """How to open a generator.
+
+    Attributes:
+        kind: fewstep, diffusers, edm, guided, consistency or k-diffusion; recognised without one.
+        open_with: KEY=VALUE is passed to whatever opens it, such as variant=fp16, steps=25, prompts=prompts.txt or
+            preset=imagenet64; may be repeated.
+    """
+
+    kind: str | None = None
+    open_with: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="open")] = ()
+
+    def open(self, source: str | Path, device: str = "cpu") -> Generator:
+        """The generator, on a device.
+
+        Raises:
+            InputError: see :func:`fewstep.sources.load`.
+        """
+        return load(source, kind=self.kind, device=device, **pairs("--open", self.open_with))
 
 
 def check_fits(sampler: Sampler, generator: Generator, place: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from fewstep.cli.base import next_folder, pairs, recipe_of
+from fewstep.cli.base import SourceFlags, next_folder, pairs, recipe_of
 from fewstep.core.denoiser import Wrapper
 from fewstep.core.figure import error_figure
 from fewstep.core.generator import Generator
@@ -26,7 +26,6 @@ from fewstep.errors import InputError, unknown
 from fewstep.grid import GRIDS, grid
 from fewstep.guide import guided
 from fewstep.solve.calibrate import calibrate, check_request, options_of
-from fewstep.sources import load
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class Calibrate:
     """Fits, searches or learns a sampler on a handful of the generator's own trajectories.
 
     Attributes:
-        generator: its folder.
+        generator: a folder of fewstep or diffusers, a Hub id, or a checkpoint.
         nfe: evaluations per picture.
         method: least-squares, gits, amed, amed-plugin, usf, epd, aligner or gaussian.
         budget: how long it may take, such as 60s or 5m; without one the result depends on the flags alone.
         grid: a grid's name such as karras or logsnr; "chosen" leaves the noise levels to the method.
         guidance: scale of the classifier-free guidance that the sampler is made for; 1 is none.
+        negative: prompt that guidance moves away from, for text pipelines.
         trajectories: how many are followed; a quarter of them is for choices.
         ridge: least-squares: strength that pulls towards the solver it starts from; chosen without one.
         searches: least-squares: trials of moved levels.
@@ -50,14 +50,16 @@ class Calibrate:
         out: run folder; runs/calibrate-<number> without one.
         device: cpu, cuda, cuda:1 or mps.
         overwrite: deletes an earlier run in out.
+        source: how to open the generator; text pipelines need --open prompts=FILE.
     """
 
-    generator: Annotated[Path, tyro.conf.Positional]
+    generator: Annotated[str, tyro.conf.Positional]
     nfe: int = 5
     method: str = "least-squares"
     budget: str | None = None
     grid: str = "chosen"
     guidance: float = 1.0
+    negative: str = ""
     trajectories: int = 256
     ridge: float | Literal["auto"] = "auto"
     searches: int = 60
@@ -68,10 +70,11 @@ class Calibrate:
     out: Path | None = None
     device: str = "cpu"
     overwrite: bool = False
+    source: Annotated[SourceFlags, tyro.conf.arg(name="")] = field(default_factory=SourceFlags)
 
     def run(self) -> None:
         """Runs the command."""
-        made = guided(load(self.generator, device=self.device), self.guidance)
+        made = guided(self.source.open(self.generator, self.device), self.guidance, self.negative)
         D = made.denoiser
         if self.grid != "chosen" and self.grid not in GRIDS:
             raise unknown("grid", self.grid, ("chosen", *GRIDS))
@@ -130,7 +133,9 @@ class Calibrate:
 
 def calibrate_generator(made: Generator, **options: Any) -> Any:
     """:func:`calibrate` with a generator's own conditions; the result remembers which generator it was made for."""
-    cond = None if made.conds is None else made.conds.draw(Noise.of(0, 1024).fold("calibrate"))
+    # As many as are followed, because the embeddings of prompts are large.
+    count = min(1024, 2 * int(options.get("trajectories", 256)))
+    cond = None if made.conds is None else made.conds.draw(Noise.of(0, count).fold("calibrate"))
     sampler = calibrate(made.denoiser, cond=cond, **options)
     scale = made.denoiser.scale if isinstance(made.denoiser, Wrapper) and hasattr(made.denoiser, "scale") else 1.0
     facts = {**sampler.meta["calibration"], "fingerprint": made.fingerprint(), "guidance": scale}

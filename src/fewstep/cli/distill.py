@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,14 @@ from rich.console import Console
 from fewstep.cli.base import next_folder, recipe_of
 from fewstep.cli.train import RunFlags, clean
 from fewstep.core import distributed
+from fewstep.core.generator import Generator
+from fewstep.core.options import FitOptions
 from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
 from fewstep.errors import InputError, unknown
+from fewstep.models.lora import LoRA
 from fewstep.sources import load
+from fewstep.train.run import options_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,12 @@ class Distill:
         name: the method.
         data: pictures, for methods that learn from data.
         resize: side that encoded images are resized to, in pixels.
+        lora: rank of LoRA layers that are trained instead of copies of the teacher; full copies without one.
+        lora_alpha: their scale is alpha / rank; alpha is the rank without one.
+        lora_targets: names of the layers they stand on, or one regular expression; those of the network's kind
+            without any.
+        lora_roles: the roles that train them, such as student and fake; all copies of the teacher without any.
+        dry_run: tells the memory that the run would need, and does nothing else.
         run_flags: how to run.
     """
 
@@ -34,6 +44,11 @@ class Distill:
     name: Annotated[str, tyro.conf.Suppress] = ""
     data: str | None = None
     resize: int | None = None
+    lora: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    lora_roles: tuple[str, ...] = ()
+    dry_run: bool = False
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = field(default_factory=RunFlags)
 
     def run(self) -> None:
@@ -41,13 +56,40 @@ class Distill:
         flags = self.run_flags
         teacher = load(self.teacher, device=flags.device)
         pictures = None if self.data is None else load_data(self.data, resize=self.resize)
+        lora, roles = self._lora(), self.lora_roles or None
+        if self.dry_run:
+            self._tell(teacher, pictures, lora, roles)
+            return
         out = flags.out or next_folder(f"distill-{self.name}")
         options = {**flags.options(), "recipe": clean(recipe_of("distill", self))}
         method: Any = self.settings  # type: ignore[attr-defined]
-        student = distill(teacher, method, pictures, out=out, **options)
+        student = distill(teacher, method, pictures, out=out, lora=lora, lora_roles=roles, **options)
         told = f"{out}: {student.sampler.nfe} evaluations; try `fewstep sample {out}`"
         if distributed.rank() == 0:
             Console(stderr=True).print(told, highlight=False)
+
+    def _lora(self) -> LoRA | None:
+        if self.lora is None:
+            wrong = [f"--lora-{name}" for name in ("alpha", "targets", "roles") if getattr(self, f"lora_{name}")]
+            if wrong:
+                raise InputError(f"{', '.join(wrong)} needs --lora RANK")
+            return None
+        words = self.lora_targets
+        expression = len(words) == 1 and set(words[0]) & set("*+?()[]|^$\\")
+        return LoRA(self.lora, self.lora_alpha, words[0] if expression else words or None)
+
+    def _tell(self, teacher: Generator, pictures: Any, lora: LoRA | None, roles: tuple[str, ...] | None) -> None:
+        """The memory of the run, on stdout."""
+        # Not at the top, because tensors without contents take a second to import.
+        from fewstep.train.memory import estimate_memory
+
+        own = vars(self.run_flags)
+        names = {f.name for f in fields(FitOptions)} - {"budget"}
+        chosen = options_of(self.run_flags.budget, {k: v for k, v in own.items() if k in names})
+        method: Any = self.settings  # type: ignore[attr-defined]
+        found = estimate_memory(method, teacher, pictures, chosen, lora=lora, lora_roles=roles)
+        if distributed.rank() == 0:
+            Console().print(found.table(), highlight=False)
 
 
 def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, list[str]]:
@@ -67,10 +109,10 @@ def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, l
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method = METHODS[name]
-    fields: list[Any] = [
+    added: list[Any] = [
         ("name", Annotated[str, tyro.conf.Suppress], field(default=name)),
         ("settings", Annotated[method, tyro.conf.arg(name="")], field(default_factory=method)),
     ]
-    made = make_dataclass(f"Distill{method.__name__}", fields, bases=(Distill,), frozen=True, kw_only=True)
+    made = make_dataclass(f"Distill{method.__name__}", added, bases=(Distill,), frozen=True, kw_only=True)
     made.__doc__ = f"{(method.__doc__ or '').splitlines()[0]}\n\n{(Distill.__doc__ or '').partition(chr(10))[2]}"
     return made, argv

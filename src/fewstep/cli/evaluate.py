@@ -10,14 +10,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.cli.base import SamplerFlags, next_folder, recipe_of
+from fewstep.cli.base import SamplerFlags, SourceFlags, next_folder, recipe_of
 from fewstep.core.state import Run
 from fewstep.data import load_data
 from fewstep.errors import InputError, unknown
 from fewstep.measure import METRICS
 from fewstep.report.pictures import save_grid
 from fewstep.report.rows import check_metrics, converged, measure_sampler
-from fewstep.sources import load
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Evaluate:
     """Samples a generator and scores the pictures; the number of samples is part of every metric's name.
 
     Attributes:
-        generator: its folder.
+        generator: a folder of fewstep or diffusers, a Hub id, or a checkpoint.
         data: real pictures: digits, stacked-digits, a folder, Parquet files, or an array.
         resize: side that encoded images are resized to, in pixels.
         n: how many pictures to generate.
@@ -37,10 +36,11 @@ class Evaluate:
         out: run folder; runs/evaluate-<number> without one.
         device: cpu, cuda, cuda:1 or mps.
         overwrite: deletes an earlier run in out.
+        source: how to open the generator.
         flags: how to sample.
     """
 
-    generator: Annotated[Path, tyro.conf.Positional]
+    generator: Annotated[str, tyro.conf.Positional]
     data: str = "digits"
     resize: int | None = None
     n: int = 2000
@@ -52,6 +52,7 @@ class Evaluate:
     out: Path | None = None
     device: str = "cpu"
     overwrite: bool = False
+    source: Annotated[SourceFlags, tyro.conf.arg(name="")] = field(default_factory=SourceFlags)
     flags: Annotated[SamplerFlags, tyro.conf.arg(name="")] = field(default_factory=SamplerFlags)
 
     def run(self) -> None:
@@ -62,10 +63,10 @@ class Evaluate:
                 raise unknown("metric", name, METRICS)
         if self.n < 1 or self.batch < 1:
             raise InputError(f"--n and --batch must be at least 1, got {self.n} and {self.batch}")
-        made = self.flags.guided(load(self.generator, device=self.device))
+        made = self.flags.guided(self.source.open(self.generator, self.device))
         label, sampler = self.flags.resolve(made)
         pictures = load_data(self.data, resize=self.resize)
-        if pictures.shape != tuple(made.denoiser.shape):
+        if made.codec is None and pictures.shape != tuple(made.denoiser.shape):
             raise InputError(f"the generator makes {tuple(made.denoiser.shape)} and {self.data} has {pictures.shape}")
         check_metrics(made, pictures, wanted, self.n, self.extractor)
         run = Run.open(self.out or next_folder("evaluate"), recipe_of("evaluate", self), overwrite=self.overwrite)

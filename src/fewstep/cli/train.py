@@ -33,6 +33,8 @@ class RunFlags:
         keep: checkpoints kept.
         grid_every: steps between pictures of samples; 0 makes one at the end.
         patience: non-finite updates in a row before training stops.
+        checkpointing: recomputes blocks in the backward pass instead of keeping activations; slower, the same result.
+        offload: keeps frozen networks in host memory; for accelerators.
         resume: goes on from the newest checkpoint in out, to the same result.
         overwrite: deletes an earlier run in out.
     """
@@ -49,6 +51,8 @@ class RunFlags:
     keep: int = 2
     grid_every: int = 500
     patience: int = 10
+    checkpointing: bool = False
+    offload: bool = False
     resume: bool = False
     overwrite: bool = False
 
@@ -96,6 +100,8 @@ class Train:
 
 
 def clean(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A training recipe without what may differ between two runs of it: where it went and whether it resumed."""
-    inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in ("out", "resume", "overwrite")}
-    return {**recipe, "arguments": {**recipe["arguments"], "run_flags": inner}}
+    """A training recipe without what may differ between two runs of it: where it went, and how it saved memory."""
+    apart = ("out", "resume", "overwrite", "checkpointing", "offload")
+    inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in apart}
+    arguments = {k: v for k, v in recipe["arguments"].items() if k != "dry_run"}
+    return {**recipe, "arguments": {**arguments, "run_flags": inner}}

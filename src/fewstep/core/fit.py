@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
@@ -32,17 +32,28 @@ class Data(Protocol):
         ...
 
 
-def build_models(roles: Mapping[str, Role], device: str, seed: int = 0) -> Models:
+def build_models(
+    roles: Mapping[str, Role],
+    device: str,
+    seed: int = 0,
+    *,
+    offload: Callable[[nn.Module], nn.Module] | None = None,
+) -> Models:
     """The networks of a method and their averages, frozen, in eval mode, on the device, the same on every process.
 
     Roles that start with random weights are a function of ``seed``. A role may be a network that the caller holds, such
-    as the teacher: it is used as it is, not copied.
+    as the teacher: it is used as it is, not copied. ``offload`` takes a frozen network in place of the device; it
+    stands outside the exchange between processes, so it must start the same on all of them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(Noise.of(seed, 1).fold("roles").seeds))
-        networks = {name: role.start().to(device).requires_grad_(False).eval() for name, role in roles.items()}
-    for network in networks.values():
-        distributed.broadcast(network)
+        networks = {name: role.start() for name, role in roles.items()}
+    away = {name for name, role in roles.items() if role.optim is None} if offload is not None else set()
+    for name, network in networks.items():
+        if offload is not None and name in away:
+            networks[name] = offload(network).requires_grad_(False).eval()
+        else:
+            distributed.broadcast(network.to(device).requires_grad_(False).eval())
     averages = {n: copy.deepcopy(networks[n]) for n, r in roles.items() if r.ema is not None}
     return Models(roles, networks, averages)
 

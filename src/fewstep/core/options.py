@@ -59,6 +59,8 @@ class FitOptions:
         save_every: steps between checkpoints; 0 saves only at the end.
         patience: non-finite updates in a row before training stops with an error; single ones are skipped.
         device: where the networks live.
+        checkpointing: blocks run again in the backward pass instead of keeping their activations; same result.
+        offload: frozen networks stay in host memory and visit the device layer by layer; same result.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(1000))
@@ -70,6 +72,8 @@ class FitOptions:
     save_every: int = 500
     patience: int = 10
     device: str = "cpu"
+    checkpointing: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "micro", "log_every", "patience"):

@@ -29,7 +29,8 @@ def distill(
 ) -> Generator:
     """Distils ``teacher`` with ``method`` and returns the student, which ``out`` then holds.
 
-    ``options`` are those of :func:`fewstep.train.run.train`: seed, batch, micro, bf16, device, resume, overwrite ...
+    ``options`` are those of :func:`fewstep.train.run.train`: seed, batch, micro, bf16, device, resume, overwrite,
+    lora, lora_roles, checkpointing, offload ...
 
     Raises:
         InputError: data missing where the method learns from data, or given where it learns from none.

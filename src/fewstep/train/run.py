@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,12 @@ from fewstep.data import Data as PictureData
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
 from fewstep.models import ResMLP, ResMLPConfig, UNet, UNetConfig
+from fewstep.models.checkpointing import checkpointed
+from fewstep.models.lora import Adapted, LoRA, merge
+from fewstep.models.offload import offloaded
 from fewstep.report.pictures import save_grid
 from fewstep.solve.heun import heun
+from fewstep.train.roles import roles_of
 
 
 def untrained(data: PictureData, network: str = "unet", *, seed: int = 0, **size: Any) -> Generator:
@@ -63,6 +69,8 @@ def train(
     grid_every: int = 0,
     progress: bool = True,
     recipe: Mapping[str, Any] | None = None,
+    lora: LoRA | None = None,
+    lora_roles: Sequence[str] | None = None,
     **options: Any,
 ) -> Generator:
     """Runs ``method`` from ``start`` and leaves a run folder that is also a generator folder.
@@ -71,19 +79,23 @@ def train(
     :class:`fewstep.core.options.FitOptions`. ``grid_every`` steps a picture of samples is written (0: only at the end).
     Under torchrun every process calls this; rank 0 writes.
 
+    With ``lora`` the roles that copy the teacher, or those named in ``lora_roles``, train LoRA layers on its weights,
+    which then stand in memory once. The generator is the merged student; its LoRA lies beside it, in ``lora/``.
+
     Raises:
-        InputError: bad options, or an ``out`` that holds another run.
+        InputError: bad options, a network that LoRA cannot adapt, or an ``out`` that holds another run.
         NonFiniteError: training diverged.
     """
     device = check_device(options.get("device", "cpu"))
     distributed.start(device)
     if "save_every" not in options and grid_every:
         options["save_every"] = grid_every
-    try:
-        chosen = FitOptions(budget=Budget.parse(budget), **options)
-    except TypeError as error:
-        raise InputError(f"unknown training option: {error}") from None
-    made = {"method": type(method).__name__, "settings": asdict(method), "options": asdict(chosen)}  # type: ignore[call-overload]
+    chosen = options_of(budget, options)
+    roles = roles_of(method, start, lora, lora_roles)
+    place = _offload(chosen, lora)
+    made = {"method": type(method).__name__, "settings": asdict(method), "options": _lasting(chosen)}  # type: ignore[call-overload]
+    if lora is not None:
+        made["lora"] = {**asdict(lora), "roles": None if lora_roles is None else list(lora_roles)}
     # What it is trained from and on: resuming with another teacher would silently go on.
     sources = {
         "from": start.fingerprint() if isinstance(start.denoiser, Precond) else None,
@@ -97,11 +109,14 @@ def train(
     step = int(found[0]["step"]) if found else 0
     if first:
         run.rewind_log(step)
-    models = build_models(method.roles(start), str(device), chosen.seed)
+    models = build_models(roles, str(device), chosen.seed, offload=place)
+    if lora is not None and not any(isinstance(network, Adapted) for network in models.networks.values()):
+        raise InputError(f"{type(method).__name__} trains no copy of the teacher: leave LoRA out")
     shipped = _shipped(method, models, start)
     # A finished run that is resumed has nothing to report, but it was trained.
     last: dict[str, Any] = next(reversed(run.read_log()), {}) if first else {}
-    with _Bar(type(method).__name__, chosen, progress and first) as bar:
+    saves_memory = checkpointed(models.networks.values()) if chosen.checkpointing else contextlib.nullcontext()
+    with _Bar(type(method).__name__, chosen, progress and first) as bar, saves_memory:
         for report in fit(method, models, data, chosen, run, start=step):
             if first:
                 last = _entry(report)
@@ -109,10 +124,51 @@ def train(
                 bar.show(report)
                 if report.done or (grid_every and report.step % grid_every < chosen.log_every):
                     save_grid(shipped.sample(64, progress=False), run.folder / "samples" / f"{report.step:08d}.png")
-    shipped.card = {**made, **sources, "trained": last}
-    if first:
-        shipped.save(out)
+    shipped = _finish(shipped, {**made, **sources, "trained": last}, Path(out) if first else None)
     distributed.barrier()
+    return shipped
+
+
+def options_of(budget: str | int | Budget, options: Mapping[str, Any]) -> FitOptions:
+    """The checked options of a run.
+
+    Raises:
+        InputError: an unknown option, or a bad value.
+    """
+    try:
+        return FitOptions(budget=Budget.parse(budget), **options)
+    except TypeError as error:
+        raise InputError(f"unknown training option: {error}") from None
+
+
+def _lasting(options: FitOptions) -> dict[str, Any]:
+    """What a run is resumed with: all but what saves memory, which may change when the memory runs out."""
+    return {k: v for k, v in asdict(options).items() if k not in ("checkpointing", "offload")}
+
+
+def _offload(options: FitOptions, lora: LoRA | None) -> Callable[[torch.nn.Module], torch.nn.Module] | None:
+    if not options.offload:
+        return None
+    if torch.device(options.device).type == "cpu":
+        raise InputError("offload moves frozen weights to host memory, where device 'cpu' has them: leave it out")
+    if lora is not None:
+        raise InputError("offload has nothing to move: with LoRA the teacher's weights are the student's: leave it out")
+    return partial(offloaded, device=options.device)
+
+
+def _finish(shipped: Generator, card: dict[str, Any], out: Path | None) -> Generator:
+    """What the run is for, as files: the generator, merged where it was trained with LoRA, and that LoRA beside it."""
+    from fewstep.export.lora import save_lora
+
+    view = shipped.denoiser
+    if isinstance(view, Adapted):
+        shipped = replace(shipped, denoiser=merge(view))
+        card["lora"] = {**card["lora"], "file": "lora", "layers": len(view.targets)}
+    shipped.card = card
+    if out is not None:
+        if isinstance(view, Adapted):
+            save_lora(view, out / "lora")
+        shipped.save(out)
     return shipped
 
 

@@ -381,3 +381,10 @@ MAKERS = {
     "sana": sana,
     "ddpm": ddpm,
 }
+
+
+def folder_of(pipe: Any) -> str:
+    """The folder of a pipeline that is written now, for those who open one by its place."""
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    pipe.save_pretrained(folder)
+    return folder
