@@ -56,6 +56,8 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, with 2 after bad input, or with 1 when training diverged."""
+    # Which image processor a library of text encoders falls back to is nobody's concern here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         run(list(sys.argv[1:] if argv is None else argv))
     except (InputError, NonFiniteError) as error:

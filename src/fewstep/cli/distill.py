@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from fewstep.cli.base import next_folder, recipe_of
+from fewstep.cli.base import SourceFlags, next_folder, recipe_of
 from fewstep.cli.train import RunFlags, clean
 from fewstep.core import distributed
 from fewstep.core.generator import Generator
@@ -18,7 +17,6 @@ from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
 from fewstep.errors import InputError, unknown
 from fewstep.models.lora import LoRA
-from fewstep.sources import load
 from fewstep.train.run import options_of
 
 
@@ -27,7 +25,7 @@ class Distill:
     """Distils a teacher.
 
     Attributes:
-        teacher: folder of the generator to distil.
+        teacher: the generator to distil: a folder of fewstep or diffusers, a Hub id, or a checkpoint.
         name: the method.
         data: pictures, for methods that learn from data.
         resize: side that encoded images are resized to, in pixels.
@@ -37,10 +35,11 @@ class Distill:
             without any.
         lora_roles: the roles that train them, such as student and fake; all copies of the teacher without any.
         dry_run: tells the memory that the run would need, and does nothing else.
+        source: how to open the teacher; text pipelines need --open prompts=FILE.
         run_flags: how to run.
     """
 
-    teacher: Path
+    teacher: str
     name: Annotated[str, tyro.conf.Suppress] = ""
     data: str | None = None
     resize: int | None = None
@@ -49,12 +48,13 @@ class Distill:
     lora_targets: tuple[str, ...] = ()
     lora_roles: tuple[str, ...] = ()
     dry_run: bool = False
+    source: Annotated[SourceFlags, tyro.conf.arg(name="")] = field(default_factory=SourceFlags)
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = field(default_factory=RunFlags)
 
     def run(self) -> None:
         """Runs the command."""
         flags = self.run_flags
-        teacher = load(self.teacher, device=flags.device)
+        teacher = self.source.open(self.teacher, flags.device)
         pictures = None if self.data is None else load_data(self.data, resize=self.resize)
         lora, roles = self._lora(), self.lora_roles or None
         if self.dry_run:

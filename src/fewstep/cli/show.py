@@ -12,14 +12,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.cli.base import SamplerFlags
+from fewstep.cli.base import SamplerFlags, SourceFlags
+from fewstep.core.denoiser import module_of
 from fewstep.core.generator import CONFIG, Generator
 from fewstep.core.noise import Noise
+from fewstep.core.pipeline import TextConditions
 from fewstep.core.state import RECIPE, Run, read_json
 from fewstep.core.stored import FILE as SAMPLER_FILE
 from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError
+from fewstep.sources import kind_of
+
+CHECKPOINTS = (".pkl", ".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,14 @@ class Show:
     """Prints what a file or folder holds; draws a tableau, or a page about a generator's trajectories.
 
     Attributes:
-        path: a tableau's .json, a generator's folder, or a run folder.
+        path: a tableau's .json, a run folder, or a generator: a folder of fewstep or diffusers, a Hub id, a checkpoint.
         out: writes the tableau's picture here (.png, .svg or .pdf); with --geometry the page (.html, geometry.html
             without it).
         geometry: measures a generator's trajectories (shape, errors of each step, stability) and writes a page.
         samples: trajectories that --geometry follows, at least 8.
         seed: of these; they are the pictures that `fewstep sample` makes with it.
         device: cpu or cuda, for --geometry.
+        source: how to open a generator.
         flags: the sampler that --geometry compares with the converged trajectories.
     """
 
@@ -43,6 +49,7 @@ class Show:
     samples: int = 64
     seed: int = 0
     device: str = "cpu"
+    source: Annotated[SourceFlags, tyro.conf.arg(name="")] = field(default_factory=SourceFlags)
     flags: Annotated[SamplerFlags, tyro.conf.arg(name="")] = field(default_factory=SamplerFlags)
 
     def run(self) -> None:
@@ -55,14 +62,14 @@ class Show:
         if changed:
             raise InputError(f"--{changed[0].replace('_', '-')} says how to measure: pass --geometry with it")
         console = Console()
-        if self.path.is_file():
+        if self.path.is_file() and self.path.suffix not in CHECKPOINTS:
             try:
                 table = Tableau.from_json(self.path.read_text())
             except UnicodeDecodeError:
                 raise InputError(f"{self.path} is not a tableau: it is not text") from None
             self._tableau(console, table)
-        elif (self.path / CONFIG).is_file():
-            self._generator(console, Generator.load(self.path))
+        elif self._is_generator():
+            self._generator(console, self.source.open(self.path))
         elif (self.path / "tableau.json").is_file():
             self._tableau(console, Tableau.from_json((self.path / "tableau.json").read_text()))
         elif (self.path / SAMPLER_FILE).is_file():
@@ -71,6 +78,12 @@ class Show:
             self._run(console)
         else:
             raise InputError(f"{self.path} is no tableau, generator or run: expected a .json or a folder with {RECIPE}")
+
+    def _is_generator(self) -> bool:
+        """Whether there is one, or the path may be that of one on the Hub."""
+        if self.path.is_dir():
+            return any((self.path / name).is_file() for name in (CONFIG, "model_index.json"))
+        return self.path.is_file() or (not self.path.exists() and kind_of(self.path) == "hub")
 
     def _tableau(self, console: Console, table: Tableau) -> None:
         shown = Table("row", "from", "to", "P", "W", "Z", title=f"{table.name}: {table.nfe} evaluations")
@@ -96,11 +109,11 @@ class Show:
 
     def _generator(self, console: Console, made: Generator) -> None:
         D = made.denoiser
-        count = sum(p.numel() for p in made.network.parameters())
+        module = module_of(D)
+        count = 0 if module is None else sum(p.numel() for p in module.parameters())
         console.print(f"{self.path}: {tuple(D.shape)} pictures, {count:,} parameters, fingerprint {made.fingerprint()}")
-        console.print(
-            f"noise levels {D.sigma_min:g} to {D.sigma_max:g}, classes {made.conds or 'none'}", highlight=False
-        )
+        takes = {True: "prompts", False: str(made.conds or "none")}[isinstance(made.conds, TextConditions)]
+        console.print(f"noise levels {D.sigma_min:g} to {D.sigma_max:g}, conditions {takes[:200]}", highlight=False)
         if isinstance(made.sampler, Tableau):
             self._tableau(console, made.sampler)
         console.print_json(json.dumps(made.card))
@@ -109,14 +122,14 @@ class Show:
         from fewstep.report.geometry import LEAST, measure_geometry
         from fewstep.report.geometry_page import write_geometry
 
-        if not (self.path / CONFIG).is_file():
+        if not self._is_generator():
             raise InputError(f"--geometry needs the folder of a generator: {self.path} has no {CONFIG}")
         if self.samples < LEAST:
             raise InputError(f"--samples must be at least {LEAST}, got {self.samples}")
         out = self.out or Path("geometry.html")
         if out.suffix != ".html":
             raise InputError(f"--out must end in .html with --geometry, got {out}")
-        made = Generator.load(self.path, device=self.device)
+        made = self.source.open(self.path, self.device)
         name, sampler = self.flags.resolve(made)
         noise = Noise.of(self.seed, self.samples, made.device)
         D, err = made.denoiser, Console(stderr=True)

@@ -28,6 +28,8 @@ KNOWN = (CONFIG, "model_index.json", "tableau.json", "sampler.json", *LORA)
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError:
         raise InputError("huggingface_hub is not installed: pip install 'fewstep[hf]'") from None
     return huggingface_hub

@@ -19,6 +19,7 @@ from torch import nn
 from fewstep.core.state import read_json
 from fewstep.errors import InputError
 from fewstep.models.diffusers import diffusers_class
+from fewstep.sources.exported import OWN
 
 INDEX = "model_index.json"
 # Of these nothing is used here, so that a folder without them is whole.
@@ -130,7 +131,9 @@ def read_index(root: Path) -> tuple[str, dict[str, Component], dict[str, Any]]:
     for name, part in parts.items():
         if name in UNUSED:
             continue
-        if part.library not in ("diffusers", "transformers"):
+        # Fewstep's own scheduler is read as numbers, its code is not run.
+        own = name == "scheduler" and part.class_name == OWN
+        if part.library not in ("diffusers", "transformers") and not own:
             raise InputError(
                 f"the component {name!r} of {root} is code of its own, {part.library}.{part.class_name}, which is not "
                 "executed: only classes of diffusers and transformers are opened"
