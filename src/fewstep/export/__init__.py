@@ -11,6 +11,7 @@ from fewstep.core.generator import EXPORTERS
 _HOMES = {
     "TableauScheduler": "scheduler",
     "apply_lora": "lora",
+    "export_lora": "lora_repo",
     "model_card": "card",
     "push_sampler": "hub",
     "push_to_hub": "hub",

@@ -186,6 +186,15 @@ def _distils(method: str) -> bool:
     return method in {cls.__name__ for cls in METHODS.values()}
 
 
+def shareable(found: Any) -> Any:
+    """JSON-able facts without this machine's folders: of an absolute path the last name is kept."""
+    if isinstance(found, Mapping):
+        return {k: shareable(v) for k, v in found.items()}
+    if isinstance(found, list | tuple):
+        return [shareable(v) for v in found]
+    return Path(found).name if isinstance(found, str) and Path(found).is_absolute() else found
+
+
 def _hub_id(generator: Generator) -> str | None:
     """The Hub id of the pipeline that the generator came from; None for a folder of this machine."""
     source = str(getattr(generator.pipeline, "source", "") or "")
@@ -205,6 +214,8 @@ def _about(generator: Generator, method: str, base: str | None, facts: Mapping[s
 
 def _needs(snippet: str, facts: Mapping[str, Any]) -> str:
     end = 'The picture is in `image`; `image.save("picture.png")` writes it.'
+    if "load_lora_weights" in snippet:
+        return f"Needs torch, diffusers and peft, with which diffusers loads LoRA files. {end}"
     if "import fewstep" in snippet:
         return f"Needs fewstep (`pip install fewstep`). {end}"
     if facts.get("trust_remote_code") or "trust_remote_code" in snippet:
@@ -256,7 +267,7 @@ def _times(generator: Generator, sigmas: Sequence[float]) -> list[float]:
 
 def _training(generator: Generator, method: str) -> str:
     """Method, settings and the end of the run."""
-    card = generator.card
+    card = shareable(generator.card)
     lines: list[str] = []
     if method:
         lines.append(f"Method: {method}. {_pairs(card.get('settings', {}))}".strip())
@@ -302,7 +313,7 @@ def _checked(facts: Mapping[str, Any]) -> str:
     found = facts["checked"]
     if isinstance(found, Mapping):
         text = (
-            "The folder was opened in a process where fewstep cannot be imported, as the code above does, and its "
+            "It was opened in a process where fewstep cannot be imported, as the code above does, and its "
             f"pictures were compared with fewstep's own from the same noise: largest difference "
             f"{float(found['largest_difference']):.2g} of the range of a pixel."
         )
@@ -338,6 +349,9 @@ SHOWN = {"format", "nfe", "num_inference_steps", "guidance_scale", "embedded_gui
     "trust_remote_code",
     "checked",
     "card",
+    "left_out",
+    "dtype",
+    "base_model",
 }
 
 

@@ -27,7 +27,7 @@ class Draws(TorchFunctionMode):
         """See :class:`torch.overrides.TorchFunctionMode`."""
         out = func(*args, **(kwargs or {}))
         if func in (torch.randn, torch.randn_like):
-            self.kept.append(out.detach().clone())
+            self.kept.append(out.detach().cpu().clone())
         return out
 
 
@@ -50,12 +50,31 @@ def opened(request: dict[str, Any]) -> Any:
     """The pipeline, as the model card says to open it."""
     from diffusers import DiffusionPipeline
 
-    options = {"trust_remote_code": True} if request["remote_code"] else {}
+    options = {**request["options"], **({"trust_remote_code": True} if request["remote_code"] else {})}
     pipe = DiffusionPipeline.from_pretrained(
         request["folder"], torch_dtype=torch.float32, local_files_only=True, **options
     )
+    if request["lora"] is not None:
+        adapted(pipe, **request["lora"])
+    if getattr(pipe, "safety_checker", None) is not None:
+        # It blackens pictures that it dislikes, and what is compared is what the network makes.
+        pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(request["device"])
+
+
+def adapted(pipe: Any, folder: str, scheduler: str) -> None:
+    """Puts the LoRA and the scheduler of a repository into its base pipeline."""
+    import diffusers
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+    pipe.load_lora_weights(folder)
+    kind = getattr(diffusers, scheduler, None)
+    if kind is None:
+        kind = get_class_from_dynamic_module(
+            folder, "scheduling_fewstep.py", subfolder="scheduler", class_name=scheduler, trust_remote_code=True
+        )
+    pipe.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
 
 
 def pictures_of(pipe: Any, request: dict[str, Any]) -> torch.Tensor:
@@ -70,6 +89,9 @@ def main(place: str) -> None:
     """Runs a request."""
     request = json.loads(Path(place).read_text())
     out = Path(request["out"])
+    # Products of few digits would hide, or show, differences that are none.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     pipe = opened(request)
     seen = Inputs(getattr(pipe, request["network"]))
     with Draws() as draws:

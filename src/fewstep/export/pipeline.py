@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +16,37 @@ from fewstep.core.generator import Generator
 from fewstep.core.state import write_text
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.export.calls import PROMPTS, Call, Plan, call_for
-from fewstep.export.layout import Laid, lay_custom, lay_pipeline
-from fewstep.export.verify import Verified, verify
+from fewstep.export.bundle import need_diffusers
+from fewstep.export.calls import OWN, PROMPTS, Call, Plan, call_for, check_call
+from fewstep.export.layout import Laid, embedded_guidance, lay_custom, lay_pipeline
+from fewstep.export.place import FACTS, check_place, taking_place
+from fewstep.export.verify import Opened, Verified, verify
 from fewstep.guide import CFG
 
 Scheduling = Literal["auto", "stock", "tableau"]
-FACTS = "fewstep.json"
+SCHEDULINGS = ("auto", "stock", "tableau")
 FORMAT = "fewstep-export/1"
+
+
+@dataclass(frozen=True)
+class Check:
+    """How an export is checked.
+
+    Attributes:
+        on: whether it is.
+        prompts: for text pipelines.
+        seed: of the pictures.
+        tolerance: the largest difference of a pixel in [0, 1] that counts as none.
+    """
+
+    on: bool = True
+    prompts: Sequence[str] = PROMPTS
+    seed: int = 0
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise InputError(f"tolerance must be between 0 and 1, got {self.tolerance!r}: 1e-4 is what float32 keeps")
 
 
 def to_diffusers(
@@ -45,101 +67,92 @@ def to_diffusers(
     The network goes to the stock class that it came from, with its codec and text encoders beside it; a network of
     fewstep's own goes along as one file of code. The sampler goes to a stock scheduler where one does exactly the
     same (``scheduler="stock"`` insists on it), otherwise to the self-contained ``TableauScheduler`` that is shipped in
-    the folder; what holds code of its own needs ``trust_remote_code=True``, and a warning says so.
+    the folder; what holds code of its own needs ``trust_remote_code=True``, and a warning says so. ``dtype`` is that of
+    the network's weights; what surrounds it is copied as it is.
 
     With ``check`` the folder is opened in a fresh process in which fewstep cannot be imported, and its pictures must
     be fewstep's own to ``tolerance`` (of 1) from the same random draws. The model card's snippet is executed there.
+    An earlier export is replaced with ``overwrite``, once the new one is whole.
 
     Raises:
         InputError: something is in the way of writing, the sampler is no table, no stock scheduler does what it does
-            (``scheduler="stock"``), or the pictures differ; nothing is left behind then.
+            (``scheduler="stock"``), the pipeline's class cannot be called for it, or the pictures differ; nothing is
+            left behind then.
     """
-    folder = Path(folder)
-    if scheduler not in ("auto", "stock", "tableau"):
-        raise unknown("kind of scheduler", str(scheduler), ("auto", "stock", "tableau"))
-    table = _table(generator)
-    _check_place(folder, overwrite)
-    plan_guidance, negative = _guidance(generator)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        around = generator.pipeline
-        if around is not None and around.kind == "diffusers":
-            laid = lay_pipeline(generator, table, temporary, scheduler, dtype)
-        else:
-            laid = lay_custom(generator, table, temporary, scheduler, dtype)
-        plan = Plan(laid.steps, plan_guidance, negative, laid.embedded)
+    if scheduler not in SCHEDULINGS:
+        raise unknown("kind of scheduler", str(scheduler), SCHEDULINGS)
+    need_diffusers()
+    how = Check(check, prompts, seed, tolerance)
+    (scale, negative), table = guidance_of(generator), table_of(generator)
+    target = check_place(folder, overwrite, generator)
+    around = generator.pipeline
+    stock = around is not None and around.kind == "diffusers"
+    plan = Plan(table.nfe, scale, negative, embedded_guidance(generator))
+    check_call(str(getattr(around, "class_name", "")) if stock else OWN, generator, plan, prompts)
+    with taking_place(target) as place:
+        lay = lay_pipeline if stock else lay_custom
+        laid = lay(generator, table, place, scheduler, dtype)
+        plan = Plan(laid.steps, scale, negative, laid.embedded)
         call = call_for(laid.pipeline, generator, plan, prompts)
-        _finish(generator, table, temporary, folder, laid, plan, call, check, seed, tolerance, title)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _finish(generator, place, target.name, laid, plan, call, how, title)
     if laid.remote_code:
         warnings.warn(
             f"{folder} holds code of its own ({', '.join(laid.code)}), because no stock class does the same: open it "
             "with DiffusionPipeline.from_pretrained(..., trust_remote_code=True)",
             stacklevel=2,
         )
-    return folder
+    return Path(folder)
 
 
 def _finish(
-    generator: Generator,
-    table: Tableau,
-    place: Path,
-    folder: Path,
-    laid: Laid,
-    plan: Plan,
-    call: Call,
-    check: bool,
-    seed: int,
-    tolerance: float,
-    title: str | None,
+    generator: Generator, place: Path, name: str, laid: Laid, plan: Plan, call: Call, how: Check, title: str | None
 ) -> None:
-    """Checks what lies in ``place`` and writes the facts and the card of what will be ``folder``."""
-    from fewstep.export.card import model_card, snippet_for
+    """Checks what lies in ``place`` and writes the facts and the card of what will be called ``name``."""
+    from fewstep.export.card import model_card, shareable, snippet_for
 
     def snippet(at: str) -> str:
-        return snippet_for(laid.pipeline, at, call.show, remote_code=laid.remote_code, seed=seed)
+        return snippet_for(laid.pipeline, at, call.show, remote_code=laid.remote_code, seed=how.seed)
 
-    found = None
+    found, table = None, table_of(generator)
     levels = table.sigmas[~table.sigmas.isnan()].tolist()
     times = levels if laid.told_sigma else network_times(generator, table)
-    if check:
+    if how.on:
         found = verify(
             laid.checked(generator),
-            place,
+            Opened(place, laid.network, laid.remote_code),
             call,
-            network=laid.network,
-            remote_code=laid.remote_code,
             table=laid.table,
             expected=times,
+            name=name,
             snippet=snippet(str(place)),
             keep=place / "sample.png",
-            seed=seed,
-            tolerance=tolerance,
+            seed=how.seed,
+            tolerance=how.tolerance,
         )
-    facts = _facts(generator, table, laid, plan, times, found)
+    facts = {
+        "format": FORMAT,
+        **facts_of(generator, plan, times, laid.scheduler, laid.remote_code, found),
+        "dtype": None if laid.dtype is None else str(laid.dtype).removeprefix("torch."),
+        "left_out": list(laid.left_out),
+        "card": shareable(generator.card),
+    }
     write_text(place / FACTS, json.dumps(facts, indent=2) + "\n")
     base = None if laid.base is None or Path(laid.base).is_absolute() else laid.base
-    text = model_card(generator, title=title or folder.name, base_model=base, snippet=snippet(folder.name), extra=facts)
+    text = model_card(generator, title=title or name, base_model=base, snippet=snippet(name), extra=facts)
     write_text(place / "README.md", text)
 
 
-def _facts(
+def facts_of(
     generator: Generator,
-    table: Tableau,
-    laid: Laid,
     plan: Plan,
     times: Sequence[float],
+    scheduler: str,
+    remote_code: bool,
     found: Verified | None,
 ) -> dict[str, Any]:
-    """What travels beside the folder: evaluations, grid, guidance, and how it was checked."""
+    """What travels beside an export: evaluations, grid, guidance, and how it was checked."""
+    table = table_of(generator)
     return {
-        "format": FORMAT,
         "nfe": table.nfe,
         "num_inference_steps": plan.steps,
         "guidance_scale": plan.guidance,
@@ -147,12 +160,11 @@ def _facts(
         "embedded_guidance": plan.embedded,
         "sigmas": [s for s in table.sigmas.tolist() if s == s],
         "timesteps": list(times),
-        "scheduler": laid.scheduler,
-        "trust_remote_code": laid.remote_code,
+        "scheduler": scheduler,
+        "trust_remote_code": remote_code,
         "checked": None
         if found is None
         else {"largest_difference": found.difference, "asked": list(found.asked), "scheduler": found.scheduler},
-        "card": generator.card,
     }
 
 
@@ -164,7 +176,12 @@ def network_times(generator: Generator, table: Tableau) -> list[float]:
     return [float(t) for t in TIME_MAPS[inner.time](inner.path, inner.path.at(sigma), sigma)]
 
 
-def _table(generator: Generator) -> Tableau:
+def table_of(generator: Generator) -> Tableau:
+    """The generator's sampler, if a scheduler can hold it.
+
+    Raises:
+        InputError: it is no table, or it ends before the picture.
+    """
     if not isinstance(generator.sampler, Tableau):
         raise InputError(
             f"a {type(generator.sampler).__name__} cannot be exported: its weights depend on the picture, and a "
@@ -176,8 +193,12 @@ def _table(generator: Generator) -> Tableau:
     return generator.sampler
 
 
-def _guidance(generator: Generator) -> tuple[float, str]:
-    """Scale and negative prompt; guidance is the only wrapper that pipelines have."""
+def guidance_of(generator: Generator) -> tuple[float, str]:
+    """Scale and negative prompt; guidance is the only wrapper that pipelines have.
+
+    Raises:
+        InputError: another wrapper, or no denoiser with weights.
+    """
     D = generator.denoiser
     if isinstance(D, Precond):
         return 1.0, ""
@@ -187,20 +208,13 @@ def _guidance(generator: Generator) -> tuple[float, str]:
     raise InputError(f"a {what} cannot be exported: expected a Precond, or CFG around one")
 
 
-def _check_place(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: export to a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise InputError(f"{folder} already holds files: choose another folder, or --overwrite")
-        if not (folder / "model_index.json").is_file():
-            raise InputError(f"{folder} is no exported pipeline (no model_index.json): --overwrite will not delete it")
-
-
 def exported_facts(folder: Path) -> Mapping[str, Any] | None:
-    """What :func:`to_diffusers` left beside a pipeline, or None for a folder that it did not write."""
-    place = folder / FACTS
-    if not place.is_file():
-        return None
-    body = json.loads(place.read_text())
-    return body if isinstance(body, dict) and body.get("format") == FORMAT else None
+    """What :func:`to_diffusers` left beside a pipeline, or None for a folder that it did not write.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    from fewstep.core.state import read_json
+
+    body = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    return body if body.get("format") == FORMAT else None
