@@ -293,7 +293,7 @@ class Slopes(Posterior):
 
 
 def sfd_models(method: SFD, sigma_max: float) -> Models:
-    levels = method.levels(sigma_max)[0]
+    levels = method.levels(0.006, sigma_max)[0]
     roles = {"teacher": Role(lambda: Posterior(sigma_max)), "student": Role(lambda: Slopes(levels), method.optim)}
     return build_models(roles, "cpu")
 
@@ -302,7 +302,7 @@ def sfd_models(method: SFD, sigma_max: float) -> Models:
 @pytest.mark.parametrize("between", [0, 1, 2, 3])
 def test_the_teachers_kept_points_are_the_students_levels(steps: int, between: int) -> None:
     method = SFD(steps=steps, between=between)
-    coarse, fine = method.levels(80.0)
+    coarse, fine = method.levels(0.006, 80.0)
     ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     own = (80 ** (1 / 7) + ramp * (0.006 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert float(((coarse - own) / own).abs().max()) < 1e-12
@@ -322,7 +322,7 @@ def test_the_shipped_sampler_costs_the_stated_evaluations(steps: int) -> None:
     with torch.no_grad():
         table(counting, table.start * torch.randn(3, 1, 2, 2))
     assert table.nfe == counting.nfe == steps
-    assert torch.equal(table.levels, method.levels(80.0)[0])
+    assert torch.equal(table.levels, method.levels(0.006, 80.0)[0])
     assert SiD(sigma_init=3.0).sampler(start).nfe == 1 and SiD(sigma_init=3.0).sampler(start).start == 3.0
 
 
@@ -349,7 +349,7 @@ def test_the_loss_of_a_step_does_not_reach_earlier_steps() -> None:
 
 def test_every_step_starts_where_the_student_itself_arrived() -> None:
     method = SFD(steps=3, between=1)
-    m, levels, seen = sfd_models(method, 80.0), method.levels(80.0)[0], []
+    m, levels, seen = sfd_models(method, 80.0), method.levels(0.006, 80.0)[0], []
     m.student.slopes.data *= 0.5
     m.student.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     for update in method.step(m, Batch(None, {}), 0, Noise.of(0, 32)):

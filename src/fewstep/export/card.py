@@ -326,7 +326,7 @@ def _limits(generator: Generator, facts: Mapping[str, Any]) -> str:
     steps = facts.get("num_inference_steps", generator.sampler.nfe)
     return (
         "## Limits\n\n"
-        f"* It is made for {steps} steps on the grid above; another scheduler, grid or number of steps is another "
+        f"* It is made for {steps} step{'' if steps == 1 else 's'} on the grid above; another scheduler, grid or number of steps is another "
         "model.\n"
         "* It has what its teacher learnt, mistakes and biases included, and usually shows less variety.\n"
         "* Weights that were fine-tuned or adapted after this step may need the distillation again."
