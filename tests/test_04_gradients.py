@@ -293,7 +293,7 @@ class Slopes(Posterior):
 
 
 def sfd_models(method: SFD, sigma_max: float) -> Models:
-    levels = method.levels(0.006, sigma_max)[0]
+    levels = method.levels(method.sigma_min or 0.006, sigma_max)[0]
     roles = {"teacher": Role(lambda: Posterior(sigma_max)), "student": Role(lambda: Slopes(levels), method.optim)}
     return build_models(roles, "cpu")
 
