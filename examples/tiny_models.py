@@ -383,8 +383,8 @@ MAKERS = {
 }
 
 
-def folder_of(pipe: Any) -> str:
-    """The folder of a pipeline that is written now, for those who open one by its place."""
-    folder = tempfile.mkdtemp(prefix="tiny-")
+def folder_of(pipe: Any, place: str | Path | None = None) -> str:
+    """The folder of a pipeline that is written now, for those who open one by its place; a temporary one by default."""
+    folder = str(place or tempfile.mkdtemp(prefix="tiny-"))
     pipe.save_pretrained(folder)
     return folder
