@@ -176,6 +176,14 @@ class Normed(nn.Module):
     [
         (lambda: LoRA(rank=0), "rank >= 1"),
         (lambda: LoRA(alpha=0.0), "alpha > 0"),
+        (lambda: LoRA(alpha=float("inf")), "finite alpha > 0"),
+        (lambda: LoRA(rank=2.5), "rank must be a whole number, got 2.5"),  # type: ignore[arg-type]
+        (lambda: LoRA(rank="4"), "rank must be a whole number, got '4'"),  # type: ignore[arg-type]
+        (lambda: LoRA(rank=True), "rank must be a whole number, got True"),
+        (lambda: LoRA(alpha="4"), "alpha must be a number, got '4'"),  # type: ignore[arg-type]
+        (lambda: LoRA(dropout=None), "dropout must be a number, got None"),  # type: ignore[arg-type]
+        (lambda: LoRA(targets=3), "targets must be names of layers.*got 3"),  # type: ignore[arg-type]
+        (lambda: LoRA(targets=("qkv", 3)), "targets must be names of layers"),  # type: ignore[arg-type]
         (lambda: LoRA(targets=()), "targets are empty"),
         (lambda: LoRA(targets="("), "no regular expression"),
         (lambda: adapter(unet().denoiser, LoRA(targets=("qkv", "to_q"))), "UNet has no to_q for LoRA"),

@@ -205,7 +205,9 @@ def test_offloaded_networks_compute_and_send_gradients_as_before() -> None:
 
 
 def test_estimates_leave_offloaded_weights_out() -> None:
-    on, off = (estimate_memory(METHOD, unet(8), None, FitOptions(batch=8, offload=o)) for o in (True, False))
+    on, off = (
+        estimate_memory(METHOD, unet(8), None, FitOptions(batch=8, device="cuda", offload=o)) for o in (True, False)
+    )
     assert off.offloaded == 0 and on.offloaded == off.roles["teacher"].weights
     assert off.total - on.total <= on.offloaded and on.total < off.total
 
@@ -239,9 +241,15 @@ def test_dry_run_tells_and_writes_nothing(
     told = capsys.readouterr().out
     assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
     assert "total at the peak" in told and "teacher" in told and "optimizer" in told
-    with pytest.raises(SystemExit, match="2"):
-        main([*line.split()[:-2], "--lora-alpha", "2"])
-    assert "needs --lora RANK" in capsys.readouterr().err
+    for more, message in (
+        ("--lora-alpha 2", "needs --lora RANK"),
+        ("--offload", "offload moves frozen weights to host memory, where device 'cpu' has them"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*line.split()[:-2], *more.split()])
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="with LoRA the teacher's weights are the student's"):
+        estimate_memory(METHOD, unet(8), None, FitOptions(batch=8, device="cuda", offload=True), lora=LoRA(rank=2))
     line = "distill sid --teacher gen --batch 8 --budget 2 --out out --checkpointing --lora 2"
     main(f"{line} --lora-roles student --lora-targets qkv leave".split())
     card = Generator.load(tmp_path / "out").card["lora"]

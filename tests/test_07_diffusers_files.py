@@ -17,7 +17,8 @@ from fewstep import Generator, InputError, guided
 from fewstep.core.network import build_network, describe_network
 from fewstep.core.noise import Noise
 from fewstep.core.pipeline import TextConditions
-from fewstep.models.diffusers import FAMILIES, DiffusersNet, check_conditions
+from fewstep.models.conditions import check_conditions
+from fewstep.models.diffusers import FAMILIES, DiffusersNet
 from fewstep.sources.diffusers import load_diffusers, native
 from fewstep.sources.diffusers_files import _wanted
 from tiny_models import ddpm, dit, flux, sd3, sdxl, stable_diffusion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fewstep import CFG, DDPM, EDM, Classes, Generator, InputError, Mixture, Noise, Precond, guided, load
-from fewstep.core.denoiser import start_std
+from fewstep.core.denoiser import CountingDenoiser, start_std
 from fewstep.core.tableau import Builder
 from fewstep.data import load_data
 from fewstep.grid import karras
 from fewstep.solve import dpmpp2m, euler
+from fewstep.sources import options_of
+from fewstep.sources.checkpoint import check_dtype
 from fewstep.train import untrained
 
 
@@ -128,6 +132,35 @@ SAMPLING: dict[str, tuple[Callable[[Generator], Any], str]] = {
     ),
     "label too small": (lambda g: g.sample(cond={"label": torch.tensor([-2])}), "label -2 is out of range"),
     "batch": (lambda g: g.sample(2, batch=0), "batch must be at least 1, got 0"),
+    "half a picture": (lambda g: g.sample(1.5), "n must be a whole number, got 1.5"),
+    "n as text": (lambda g: g.sample("2"), "n must be a whole number, got '2'"),
+    "n as a truth value": (lambda g: g.sample(True), "n must be a whole number, got True"),
+    "half a batch": (lambda g: g.sample(2, batch=0.5), "batch must be a whole number, got 0.5"),
+    "seed as text": (lambda g: g.sample(seed="x"), "a seed must be a whole number, or a list of them, got 'x'"),
+    "no seed": (lambda g: g.sample(seed=None), "a seed must be a whole number, got None"),
+    "half a seed": (lambda g: g.sample(seed=[1, 2.5]), "a seed must be a whole number, got 2.5"),
+    "seeds that are no numbers": (lambda g: g.sample(seed=torch.rand(2)), "a seed must be a whole number, got 0."),
+    "a table of seeds": (lambda g: g.sample(seed=torch.ones(2, 99)), r"a whole number, got tensor\(.{70,80}\.\.\.$"),
+    "a number for a condition": (lambda g: g.sample(cond=3), "cond must be a mapping such as .*, got 3"),
+    "a tensor for a condition": (lambda g: g.sample(cond=torch.tensor([1])), "cond must be a mapping"),
+    "half a label": (lambda g: g.sample(cond={"label": [1.5]}), r"whole number .* got float32 of shape \(1,\)"),
+    "a table of labels": (lambda g: g.sample(cond={"label": torch.ones(2, 1).long()}), r"got int64 of shape \(2, 1\)"),
+    "a truth value for a label": (lambda g: g.sample(cond={"label": [True]}), "got bool of shape"),
+    "one label": (lambda g: g.sample(cond={"label": 3}), r"cond\['label'\] must have a row per sample, got .* 3"),
+    "words for labels": (lambda g: g.sample(cond={"label": ["cat"]}), r"must be a tensor with a row .* \['cat'\]"),
+    "another name": (lambda g: g.sample(cond={"labl": [1]}), "unknown condition .* 'labl': did you mean 'label'"),
+    "no name": (lambda g: g.sample(cond={1: [1]}), "a condition needs a name such as 'label', got 1"),
+    "the empty prompt": (lambda g: g.sample(cond=""), "takes labels: it cannot read the prompt"),
+    "guidance as text": (lambda g: guided(g, "7.5"), "guidance needs a scale >= 0 .* got '7.5'"),
+    "guidance that is no number": (lambda g: guided(g, float("nan")), "guidance needs a scale >= 0 .* got nan"),
+    "guidance below 0": (lambda g: guided(g, -1), "guidance needs a scale >= 0 .* got -1"),
+    "a number to move away from": (lambda g: guided(g, 2.0, negative=3), "a negative prompt is a text, got 3"),
+    "load nothing": (lambda g: load(None), "expected the path of a file or folder, got None"),
+    "load a number": (lambda g: load(3), "expected the path of a file or folder, got 3"),
+    "load no text": (lambda g: load(""), "expected the path of a file or folder, got ''"),
+    "save nowhere": (lambda g: g.save(None), "expected the path of a file or folder, got None"),
+    "a kind that is none": (lambda g: load("x", kind="difusers"), "unknown kind of source 'difusers': did you mean"),
+    "nobody's home": (lambda g: load("~no-such-user/x"), "could not determine home directory: write the whole path"),
     "unconditional": (
         lambda g: replace(g, conds=None).sample(cond={"label": torch.tensor([1])}),
         r"unconditional: it cannot take \['label'\]",
@@ -139,6 +172,39 @@ SAMPLING: dict[str, tuple[Callable[[Generator], Any], str]] = {
 def test_bad_calls(made: Generator, call: Callable[[Generator], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(made)
+
+
+def test_numbers_of_other_libraries_count(made: Generator) -> None:
+    plain = made.sample(2, {"label": torch.tensor([1, 2])}, seed=[7, 8])
+    for label in ([1, 2], np.array([1, 2], np.int32), torch.tensor([1, 2], dtype=torch.uint8)):
+        assert torch.equal(made.sample(np.int64(2), {"label": label}, seed=(7, np.int64(8))), plain)
+    for seed in (np.array([7, 8]), torch.tensor([7, 8])):
+        assert torch.equal(made.sample(2, {"label": [1, 2]}, seed=seed, batch=np.int64(2)), plain)
+    assert torch.equal(made.sample(2, seed=np.int64(3)), made.sample(2, seed=3))
+    assert guided(made, np.float32(2.5)).denoiser.scale == 2.5
+
+
+class Words:
+    """Conditions that read prompts: the number of letters is the label."""
+
+    def draw(self, noise: Noise) -> dict[str, torch.Tensor]:
+        return {"label": torch.full((len(noise),), 9)}
+
+    def check(self, cond: Any) -> None:
+        pass
+
+    def encode(self, prompts: Any) -> dict[str, torch.Tensor]:
+        return {"label": torch.tensor([len(p) for p in prompts])}
+
+    def nulls(self, negative: str = "") -> Any:
+        return {}
+
+
+def test_the_empty_prompt_is_a_prompt(made: Generator) -> None:
+    reads, noise = replace(made, conds=Words()), Noise.of(0, 3)
+    assert reads.conditions("", noise)["label"].tolist() == [0, 0, 0]
+    assert reads.conditions(["", "a", ""], noise)["label"].tolist() == [0, 1, 0]
+    assert reads.conditions(None, noise)["label"].tolist() == [9, 9, 9]
 
 
 def test_pictures_that_are_not_finite_are_counted() -> None:
@@ -286,6 +352,68 @@ def test_places_that_are_no_generator(saved: Path, tmp_path: Path) -> None:
         load(saved / "fewstep.json")
 
 
+def test_the_home_folder(made: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert made.save("~/kept") == tmp_path / "home/kept"
+    assert not (tmp_path / "~").exists()
+    assert load("~/kept").fingerprint() == Generator.load("~/kept").fingerprint() == made.fingerprint()
+
+
+def test_sources_that_are_something_else(made: Generator, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipe/unet").mkdir(parents=True)
+    (tmp_path / "pipe/model_index.json").write_text("{}")
+    shutil.copy(saved / "student.safetensors", tmp_path / "pipe/unet/weights.safetensors")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/config.json").write_text('{"_class_name": "UNet2DModel"}')
+    shutil.copy(saved / "student.safetensors", tmp_path / "alone/weights.safetensors")
+    whole = re.escape(f"a part of a diffusers pipeline: pass the pipeline's folder, {tmp_path / 'pipe'}")
+    for call, message in (
+        (lambda: load(tmp_path / "pipe/unet/weights.safetensors"), whole),
+        (lambda: load(tmp_path / "pipe/unet"), whole),
+        (lambda: load(tmp_path / "alone/weights.safetensors"), "without its pipeline: pass the folder of a whole"),
+        (lambda: load(saved, kind="hub"), "is a file or folder here, no Hub id: leave out kind='hub'"),
+        (lambda: load(saved, stps=3), "opened as 'fewstep', which cannot take stps: it takes base"),
+        (
+            lambda: load(saved, kind="edm", steps=3),
+            "opened as 'edm', which cannot take steps: it takes dtype, key, vae",
+        ),
+        (
+            lambda: load("a/b", stps=3),
+            r"opened as 'hub', which cannot take stps: it takes .*prompts, revision.*variant",
+        ),
+        (lambda: made.save(tmp_path / "pipe"), "holds a diffusers pipeline .* save it in a folder of its own"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    assert sorted(p.name for p in (tmp_path / "pipe").iterdir()) == ["model_index.json", "unet"]
+    for kind, some in (("guided", "preset"), ("consistency", "preset"), ("k-diffusion", "config"), ("hub", "token")):
+        assert some in options_of(kind)
+
+
+def test_types_of_weights_have_names() -> None:
+    for name, kind in (("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), ("bf16", torch.bfloat16)):
+        assert check_dtype(name) is check_dtype(kind) is kind
+    assert check_dtype(None) is check_dtype("fp32") is torch.float32
+    for wrong, message in (
+        ("bfloat", "unknown dtype 'bfloat': did you mean 'bfloat16'"),
+        (3, "floating type .* got 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_dtype(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [b"abc", b"", b"\x80\x02", b"PK\x03\x04 no archive", b"(lp0\n", bytes(range(256))])
+def test_bytes_that_are_no_checkpoint(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(data)
+    (tmp_path / "x.pkl").write_bytes(data)
+    for name in ("x.pt", "x.pkl"):
+        with pytest.raises(InputError, match=re.escape(name)) as error:
+            load(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
 def test_devices_that_are_not_here(made: Generator, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="'cuda' was asked for and there is none here: use --device cpu"):
@@ -305,6 +433,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(made: Genera
         replace(made, codec=object()).save(tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a object cannot be stored"):
         replace(made, sampler=object()).save(tmp_path / "x")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a CountingDenoiser cannot be saved: only CFG around a Precond can"):
+        replace(made, denoiser=CountingDenoiser(made.denoiser)).save(tmp_path / "x")
     strange = replace(made, denoiser=Precond(torch.nn.Linear(2, 2), (2,)))
     with pytest.raises(InputError, match="Linear cannot be saved"):
         strange.save(tmp_path / "x")

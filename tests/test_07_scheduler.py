@@ -341,7 +341,8 @@ def bad_tables() -> list[tuple[Any, str]]:
         (lambda: made.set_timesteps(20), "num_inference_steps=20, but this scheduler runs the table"),
         (lambda: made.set_timesteps(timesteps=[900, 700, 500, 300, 100]), "pass num_inference_steps=5"),
         (lambda: made.set_timesteps(sigmas=[14.6, 3.0, 0.0]), r"sigmas=\[14.6, 3.0, 0.0\]"),
-        (lambda: made.set_begin_index(5), "begin_index must be in 0 .. 4, got 5"),
+        (lambda: made.set_begin_index(5), r"in 0 .. 4, got 5: with strength 0\.2 or more a step is left"),
+        (lambda: made.set_begin_index(-1), r"begin_index must be in 0 .. 4, got -1$"),
         (lambda: made.step(start(), 123, start()), "timestep 123 is none"),
         (lambda: made.step(start()[:, :2], made.timesteps[0], start()), "output is"),
         (lambda: piped(made, start()) is None or made.step(start(), 999, start()), "all 5 steps are done"),
@@ -350,14 +351,25 @@ def bad_tables() -> list[tuple[Any, str]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(23))
+@pytest.mark.parametrize("case", range(24))
 def test_bad_input(case: int) -> None:
     cases = bad_tables()
-    assert len(cases) == 23
+    assert len(cases) == 24
     act, message = cases[case]
     with pytest.raises(ValueError, match=message) as caught:
         act()
     assert "\n" not in str(caught.value)
+
+
+def test_a_generators_scheduler_starts_from_its_own_noise(tmp_path: Path) -> None:
+    path = DDPM(tuple(diffusers.DDIMScheduler(**BETAS).betas.tolist()))
+    high = float(path.levels[-1])
+    net = Precond(Net(), SHAPE, path=path, predicts="noise", sigma_max=high, unit_start=True)
+    made = fewstep.Generator(net, euler(discrete(4, 0.1, high)))
+    save_scheduler(made, tmp_path / "own", like=LIKE)
+    assert abs(TableauScheduler.from_pretrained(tmp_path / "own").init_noise_sigma - 1) < 1e-6
+    save_scheduler(made, tmp_path / "told", like=LIKE, start_std=high)
+    assert TableauScheduler.from_pretrained(tmp_path / "told").init_noise_sigma < 0.999
 
 
 def test_errors_before_any_work_are_ours() -> None:

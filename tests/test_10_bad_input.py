@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
+import sys
+import warnings
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from PIL import Image
 
 from fewstep import Generator, InputError, calibrate, solve
 from fewstep.cli import main
+from fewstep.core.denoiser import Precond
+from fewstep.core.path import FLOW
 from fewstep.core.solver import build
 from fewstep.data import load_data
 from fewstep.train import untrained
@@ -70,10 +75,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "negative": {"levels": [80.0, -1.0, 0.0]},
         "extra": {"colour": "red"},
         "format": {"format": "other/1"},
+        "low": {"levels": [14.6, 1.0, 0.0], "sigmas": [14.6, 1.0]},
         "fitted": {"meta": {"calibration": {"fingerprint": "0" * 16}}},
     }.items():
         (root / f"t-{name}.json").write_text(good)
         edited(root / f"t-{name}.json", **changes)
+    flow = Precond(made.network.net, made.denoiser.shape, path=FLOW, predicts="velocity", sigma_max=1e8)
+    Generator(flow, build("euler", torch.tensor([1e8, 1.0, 0.0])), conds=made.conds).save(root / "flow")
+    (root / "garbage.pt").write_bytes(b"abc")
+    (root / "part").mkdir()
+    (root / "part/model_index.json").write_text("{}")
+    (root / "part/weights.safetensors").write_bytes(b"")
     (root / "t-text.json").write_text("not json")
     (root / "t-binary.json").write_bytes(noise)
 
@@ -179,6 +191,20 @@ BAD: list[tuple[str, str]] = [
     ("sample gen --sampler t-fitted.json --out new", "another generator.*--force"),
     ("show t-text.json", "not JSON"),
     ("show t-binary.json", "not text"),
+    ("sample flow --sampler t-low.json --force --label 11 --out new", "label 11 is out of range"),
+    ("sample flow --sampler t-low.json --out new", "starts at noise level 14.6, 0.936 noise, .*pure noise.*--force"),
+    # opening
+    ("sample gen --open device=cpu --out new", "--open cannot take device=cpu: pass --device"),
+    ("sample gen --open kind=edm --out new", "--open cannot take kind=edm: pass --kind"),
+    ("sample gen --open source=x --out new", "--open cannot take source=x"),
+    ("sample gen --open stps=3 --out new", "opened as 'fewstep', which cannot take stps: it takes base"),
+    ("sample gen --kind difusers --out new", "unknown kind of source 'difusers': did you mean 'diffusers'"),
+    ("sample gen --kind hub --out new", "gen is a file or folder here, no Hub id: leave out kind='hub'"),
+    ("sample part/weights.safetensors --out new", "a part of a diffusers pipeline: pass the pipeline's folder, part"),
+    ("sample garbage.pt --out new", "garbage.pt is .*a checkpoint|garbage.pt is not a whole checkpoint"),
+    ("sample gen --guidance nan --out new", "guidance needs a scale >= 0 .* got nan"),
+    ("sample gen --prompt= --out new", "takes labels: it cannot read the prompt"),
+    ("distill sid --teacher gen --offload --dry-run --out new", "device 'cpu' has them: leave it out"),
     # labels
     ("sample gen --label 10 --out new", "label 10 is out of range: classes are 0 to 9"),
     ("sample gen --label -2 --out new", "label -2 is out of range"),
@@ -241,6 +267,33 @@ def test_one_line(
     monkeypatch.setenv("FEWSTEP_CACHE", str(place / "cache"))
     said = refused(line.split(), place, capsys)
     assert re.search(pattern, said), said
+
+
+def test_remarks_of_libraries_are_kept_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+    logger = logging.getLogger("diffusers")
+    level, handler = logger.level, logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+
+    def chatty(*_: object, **__: object) -> Generator:
+        logger.warning("a remark")
+        warnings.warn_explicit("another", UserWarning, "x.py", 1, module="transformers.x")
+        warnings.warn_explicit("of ours", UserWarning, "y.py", 1, module="fewstep.y")
+        raise InputError("refused")
+
+    monkeypatch.setattr("fewstep.cli.base.load", chatty)
+    try:
+        with pytest.warns(UserWarning, match="of ours") as seen:
+            assert refused(["sample", "gen", "--out", "new"], place, capsys) == "fewstep: refused\n"
+        assert [str(w.message) for w in seen] == ["of ours"]
+        assert logger.level == logging.WARNING
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("command", ["sample gen", "evaluate gen", TRAIN, "distill sid --teacher gen", "calibrate gen"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ COMMANDS = (
     "methods",
 )
 
+# The libraries that write to stderr by themselves, and what sets how much.
+_LIBRARIES = {
+    "diffusers": "DIFFUSERS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "transformers": "TRANSFORMERS_VERBOSITY",
+}
+
 USAGE = """fewstep: make a trained image generator fast and small, and prove that it is still good
 
   fewstep demo                     train, calibrate, distil, measure, and show it on a page
@@ -56,10 +65,9 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 0, with 2 after bad input, or with 1 when training diverged."""
-    # Which image processor a library of text encoders falls back to is nobody's concern here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run(list(sys.argv[1:] if argv is None else argv))
+        with _quiet():
+            run(list(sys.argv[1:] if argv is None else argv))
     except (InputError, NonFiniteError) as error:
         sys.stderr.write(f"fewstep: {' '.join(str(error).split())}\n")
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -72,6 +80,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("fewstep: stopped; a run with checkpoints goes on with --resume\n")
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what libraries say beside their errors: bad input is one line, and remarks on it are not ours.
+
+    The libraries' own environment variables and Python's ``-W`` bring it back.
+    """
+    before = {}
+    for library, variable in _LIBRARIES.items():
+        asked = variable in os.environ
+        # Read when the library is imported; the level is for one that is there already.
+        os.environ.setdefault(variable, "error")
+        logger = logging.getLogger(library)
+        if not asked and logger.level:
+            before[logger] = logger.level
+            logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.filterwarnings("ignore", module=r"(?!fewstep\b)")
+                warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def run(argv: list[str]) -> None:

@@ -15,7 +15,9 @@ import tyro
 from torch import Tensor
 
 from fewstep import __version__
+from fewstep.core.denoiser import module_of
 from fewstep.core.generator import Generator
+from fewstep.core.path import FlowPath
 from fewstep.core.sample import Sampler
 from fewstep.core.solver import SOLVERS, build
 from fewstep.core.stored import load_sampler
@@ -120,14 +122,29 @@ class SourceFlags:
         Raises:
             InputError: see :func:`fewstep.sources.load`.
         """
-        return load(source, kind=self.kind, device=device, **pairs("--open", self.open_with))
+        options = pairs("--open", self.open_with)
+        for name, instead in _APART.items():
+            if name in options:
+                raise InputError(f"--open cannot take {name}={options[name]}: {instead}")
+        return load(source, kind=self.kind, device=device, **options)
+
+
+# What flags of their own say.
+_APART = {
+    "device": "pass --device where the command has it",
+    "kind": "pass --kind",
+    "source": "what to open is an argument of its own",
+}
+# The share of noise, sigma / (1 + sigma), that a flow model's sampler must at least start from to make pictures.
+_NOISE = 0.99
 
 
 def check_fits(sampler: Sampler, generator: Generator, place: str) -> None:
     """Refuses a sampler that was made for something else.
 
     Raises:
-        InputError: it was fitted to another generator or guidance, or it uses noise levels that the generator lacks.
+        InputError: it was fitted to another generator or guidance, it uses noise levels that the generator lacks, or
+            it starts too low for a flow model, as the tables of variance-preserving models do.
     """
     facts, D = report_of(sampler), generator.denoiser
     made_for = facts.get("fingerprint")
@@ -144,6 +161,12 @@ def check_fits(sampler: Sampler, generator: Generator, place: str) -> None:
         raise InputError(
             f"{place} uses noise levels from {min(levels):g} to {max(levels):g}, the generator knows those from "
             f"{D.sigma_min:g} to {D.sigma_max:g}: pass --force to run it all the same"
+        )
+    share = sampler.start / (1 + sampler.start)
+    if isinstance(getattr(module_of(D), "path", None), FlowPath) and share < _NOISE * D.sigma_max / (1 + D.sigma_max):
+        raise InputError(
+            f"{place} starts at noise level {sampler.start:g}, {share:.3g} noise, and this flow model makes pictures "
+            f"from pure noise, level {D.sigma_max:g}: make the table for it, or pass --force to run it all the same"
         )
 
 

@@ -22,9 +22,8 @@ from fewstep.core.stored import FILE as SAMPLER_FILE
 from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError
-from fewstep.sources import kind_of
-
-CHECKPOINTS = (".pkl", ".pt", ".pth", ".safetensors")
+from fewstep.sources import CHECKPOINTS
+from fewstep.sources.diffusers_files import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Show:
         """Whether there is one, or the path may be that of one on the Hub."""
         if self.path.is_dir():
             return any((self.path / name).is_file() for name in (CONFIG, "model_index.json"))
-        return self.path.is_file() or (not self.path.exists() and kind_of(self.path) == "hub")
+        return self.path.is_file() or (not self.path.exists() and is_hub_id(self.path))
 
     def _tableau(self, console: Console, table: Tableau) -> None:
         shown = Table("row", "from", "to", "P", "W", "Z", title=f"{table.name}: {table.nfe} evaluations")

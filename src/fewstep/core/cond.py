@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.core.noise import Noise
-from fewstep.errors import InputError
+from fewstep.core.noise import Noise, shown
+from fewstep.errors import InputError, unknown
 
 Cond = Mapping[str, Tensor]
 
@@ -29,6 +29,30 @@ class Batch(NamedTuple):
         """The same batch on another device."""
         x = None if self.x is None else self.x.to(device, non_blocking=True)
         return Batch(x, {k: v.to(device, non_blocking=True) for k, v in self.cond.items()})
+
+
+def tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``cond`` with tensors for values, each with a row per sample: lists and arrays of numbers are converted.
+
+    Whole numbers become int64, as labels are.
+
+    Raises:
+        InputError: a name that is no text, or a value that is no row of numbers per sample.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in cond.items():
+        if not isinstance(name, str):
+            raise InputError(f"a condition needs a name such as 'label', got {name!r}")
+        try:
+            made = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"cond[{name!r}] must be a tensor with a row per sample, got {shown(value)}") from None
+        if made.ndim == 0:
+            raise InputError(f"cond[{name!r}] must have a row per sample, got the single value {made.item()!r}")
+        narrow = not isinstance(value, Tensor) or name == "label"
+        whole = not (made.is_floating_point() or made.is_complex() or made.dtype == torch.bool)
+        out[name] = made.long() if narrow and whole else made
+    return out
 
 
 Nulls = Mapping[str, Tensor | None]
@@ -101,10 +125,16 @@ class Classes:
         return {"label": torch.searchsorted(edges, place, right=True).clamp(max=len(edges) - 1)}
 
     def check(self, cond: Cond) -> None:
-        """Raises InputError for a label that is neither -1 (no class) nor a class."""
+        """Raises InputError for anything but labels (B,), whole numbers that are -1 (no class) or a class."""
+        for name in cond:
+            if name != "label":
+                raise unknown("condition of a generator with classes", name, ("label",))
         label = cond.get("label")
         if label is None:
             return
+        if label.ndim != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+            told = f"{str(label.dtype).removeprefix('torch.')} of shape {tuple(label.shape)}"
+            raise InputError(f"labels must be one whole number per sample, int64 of shape (B,), got {told}")
         wrong = label[(label < -1) | (label >= len(self.frequencies))]
         if len(wrong):
             top = len(self.frequencies) - 1

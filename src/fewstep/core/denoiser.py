@@ -272,6 +272,15 @@ def wrapper(cls: W) -> W:
     return cls
 
 
+def unsaved(D: Denoiser) -> str | None:
+    """The first wrapper around a denoiser that files cannot hold, by name."""
+    while isinstance(D, Wrapper):
+        if type(D).__name__ not in WRAPPERS:
+            return type(D).__name__
+        D = D.denoiser
+    return None
+
+
 def build_denoiser(description: Mapping[str, Any], conds: Any = None) -> Denoiser:
     """The denoiser that ``describe`` described, wrappers and all, with fresh weights.
 

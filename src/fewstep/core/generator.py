@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -12,9 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.core.cond import Classes, Cond, take
-from fewstep.core.denoiser import Denoiser, Precond, Wrapper, build_denoiser, end_scale, module_of, start_std
-from fewstep.core.noise import Noise
+from fewstep.core.cond import Classes, Cond, take, tensors
+from fewstep.core.denoiser import (
+    WRAPPERS,
+    Denoiser,
+    Precond,
+    Wrapper,
+    build_denoiser,
+    end_scale,
+    module_of,
+    start_std,
+    unsaved,
+)
+from fewstep.core.noise import Noise, Seed, seeds_of, shown, whole
 from fewstep.core.pipeline import Codec, Conditions, Pipeline, TextConditions, open_pipeline
 from fewstep.core.sample import OnStep, Sampler
 from fewstep.core.state import load_tensors, load_weights, read_json, save_tensors, write_text
@@ -26,6 +37,8 @@ CONFIG, WEIGHTS, SAMPLER = "fewstep.json", "student.safetensors", "sampler.json"
 # Of a sampler that is no table.
 SAMPLER_FOLDER = "sampler"
 FORMAT = "fewstep-generator/1"
+# Makes a folder a pipeline of diffusers.
+PIPELINE_INDEX = "model_index.json"
 
 
 Prompts = str | Sequence[str]
@@ -85,7 +98,7 @@ class Generator:
         return self
 
     def encode(self, prompts: Prompts) -> dict[str, Tensor]:
-        """The conditions of one or several prompts.
+        """The conditions of one or several prompts; the empty one is a prompt too.
 
         Raises:
             InputError: this generator takes no prompts.
@@ -98,18 +111,22 @@ class Generator:
     def conditions(self, cond: Cond | Prompts | None, noise: Noise) -> dict[str, Tensor]:
         """The conditions of the samples of ``noise``: those given, checked, or drawn by each sample's own seed.
 
-        One prompt, or a list of as many as there are samples, is encoded.
+        One prompt, or a list of as many as there are samples, is encoded; the empty prompt is one. None, an empty list
+        and an empty mapping are drawn for.
+
+        Raises:
+            InputError: a condition that the generator cannot take, or nothing to draw from.
         """
-        device = noise.seeds.device
-        if isinstance(cond, str | list | tuple) and cond:
-            cond = self.encode([cond] * len(noise) if isinstance(cond, str) else cond)
-        if not cond:
+        device, given = noise.seeds.device, _given(cond)
+        if isinstance(given, list) and given:
+            given = self.encode(given * len(noise) if isinstance(cond, str) else given)
+        if not given:
             return {} if self.conds is None else self.conds.draw(noise)
-        assert isinstance(cond, Mapping)
+        assert isinstance(given, dict)
         if self.conds is None:
-            raise InputError(f"this generator is unconditional: it cannot take {sorted(cond)}")
-        self.conds.check(cond)
-        return {k: v.to(device) for k, v in cond.items()}
+            raise InputError(f"this generator is unconditional: it cannot take {sorted(given)}")
+        self.conds.check(given)
+        return {k: v.to(device) for k, v in given.items()}
 
     @torch.no_grad()
     def sample(
@@ -117,7 +134,7 @@ class Generator:
         n: int | None = None,
         cond: Cond | Prompts | None = None,
         *,
-        seed: int | Sequence[int] = 0,
+        seed: Seed = 0,
         sampler: Sampler | None = None,
         batch: int = 256,
         progress: bool = True,
@@ -125,14 +142,16 @@ class Generator:
     ) -> Tensor:
         """``n`` pictures (n, C, H, W) in [-1, 1], float32 on the CPU.
 
-        ``cond`` is a condition, or one prompt for all, or a list of prompts where the generator reads them. Picture i
+        ``cond`` is a condition (lists and arrays of numbers are made tensors), or one prompt for all, or a list of
+        prompts where the generator reads them. Picture i
         is a function of (seed, i) alone: any ``batch`` gives the same. A sequence of seeds gives each picture its own.
         Without ``n`` there are as many as conditions or seeds, or one.
 
         Raises:
-            InputError: counts that do not agree, n < 1, a label out of range, or pictures that are not finite.
+            InputError: counts that do not agree or are no whole numbers, n < 1, a label out of range, or pictures that
+                are not finite.
         """
-        count = _count(n, cond, seed)
+        count, batch = _count(n, cond, seed), whole("batch", batch)
         if batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
         noise = Noise.of(seed, count, self.device)
@@ -181,14 +200,23 @@ class Generator:
         """Writes ``fewstep.json``, ``student.safetensors`` and ``sampler.json``, each whole or not at all.
 
         Raises:
-            InputError: a network, codec or sampler without a description, or a place that cannot be written.
+            InputError: a network, codec or sampler without a description, a folder with a diffusers pipeline in it, or
+                a place that cannot be written.
         """
-        folder = Path(folder)
+        folder = local(folder)
         module = module_of(self.denoiser)
         if not isinstance(module, Precond) or not isinstance(self.denoiser, Precond | Wrapper):
             raise InputError(f"a {type(self.denoiser).__name__} cannot be saved as a folder: only a Precond can")
+        around = unsaved(self.denoiser)
+        if around is not None:
+            raise InputError(f"a {around} cannot be saved: only {', '.join(WRAPPERS)} around a Precond can")
         if self.pipeline is None and not (self.codec is None and isinstance(self.conds, Classes | None)):
             raise InputError("only classes, or the codec and conditions of a pipeline, can be saved in a folder")
+        if (folder / PIPELINE_INDEX).is_file():
+            raise InputError(
+                f"{folder} holds a diffusers pipeline ({PIPELINE_INDEX}), which would be opened in place of the "
+                "generator: save it in a folder of its own"
+            )
         body = {
             "format": FORMAT,
             "denoiser": self.denoiser.describe(),
@@ -219,7 +247,7 @@ class Generator:
         Raises:
             InputError: not such a folder, damaged weights, weights of another architecture, or no such device.
         """
-        folder = Path(folder)
+        folder = local(folder)
         if not (folder / CONFIG).is_file():
             raise InputError(f"{folder} is not a fewstep generator: it has no {CONFIG}")
         body = read_json(folder / CONFIG)
@@ -262,6 +290,20 @@ class Generator:
         return str(EXPORTERS["hub"](self, repo, **options))
 
 
+def local(place: Any) -> Path:
+    """A path of this machine, with ``~`` for the home folder.
+
+    Raises:
+        InputError: it is neither text nor a path, it is empty, or it begins with the name of nobody here.
+    """
+    if not isinstance(place, str | os.PathLike) or not str(place):
+        raise InputError(f"expected the path of a file or folder, got {place!r}")
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{place}: {str(error).lower().rstrip('.')}: write the whole path") from None
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device, if this machine has it.
 
@@ -270,7 +312,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """
     try:
         wanted = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"unknown device {device!r}: use cpu, cuda, cuda:1 or mps") from None
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here.get(wanted.type, True):
@@ -280,13 +322,27 @@ def check_device(device: str | torch.device) -> torch.device:
     return wanted
 
 
-def _count(n: int | None, cond: Cond | Prompts | None, seed: int | Sequence[int]) -> int:
-    said = {"n": n} if n is not None else {}
+def _given(cond: Any) -> dict[str, Tensor] | list[str] | None:
+    """A condition of any form as tensors, or as prompts."""
     if isinstance(cond, Mapping):
-        said |= {f"cond[{k!r}]": len(v) for k, v in cond.items()}
-    elif cond is not None and not isinstance(cond, str):
-        said |= {"prompts": len(cond)}
-    said |= {} if isinstance(seed, int) else {"seed": len(seed)}
+        return tensors(cond)
+    if cond is None or isinstance(cond, list | tuple):
+        return None if cond is None else list(cond)
+    if isinstance(cond, str):
+        return [cond]
+    raise InputError(
+        f"cond must be a mapping such as {{'label': labels}}, a prompt or a list of them, got {shown(cond)}"
+    )
+
+
+def _count(n: int | None, cond: Cond | Prompts | None, seed: Seed) -> int:
+    said = {"n": whole("n", n)} if n is not None else {}
+    given, seeds = _given(cond), seeds_of(seed)
+    if isinstance(given, dict):
+        said |= {f"cond[{k!r}]": len(v) for k, v in given.items()}
+    elif given is not None and not isinstance(cond, str):
+        said |= {"prompts": len(given)}
+    said |= {} if isinstance(seeds, int) else {"seed": len(seeds)}
     if len(set(said.values())) > 1:
         raise InputError(f"how many pictures? {', '.join(f'{k} says {v}' for k, v in said.items())}")
     count = next(iter(said.values()), 1)

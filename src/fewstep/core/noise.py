@@ -11,9 +11,14 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fewstep.errors import InputError
+
+Seed = int | Sequence[int] | Tensor
 
 
 def _signed(value: int) -> int:
@@ -39,6 +44,39 @@ def _word(part: int | str) -> int:
     return _signed(part * 0x2545F4914F6CDD1D + 1)
 
 
+def shown(value: Any) -> str:
+    """A wrong value on one short line, for messages: a tensor's own text has many."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number as Python's, from Python, numpy or a tensor of one number.
+
+    Raises:
+        InputError: it is none; a truth value, a float and a text are none.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be a whole number, got {shown(value)}") from None
+
+
+def seeds_of(seed: Any) -> int | list[int]:
+    """One seed for all samples, or a list with one for each, as Python's whole numbers.
+
+    Raises:
+        InputError: something in it is no whole number.
+    """
+    if isinstance(seed, str | bytes):
+        raise InputError(f"a seed must be a whole number, or a list of them, got {shown(seed)}")
+    if getattr(seed, "ndim", 0) == 1:
+        seed = seed.tolist()
+    return [whole("a seed", s) for s in seed] if isinstance(seed, Sequence) else whole("a seed", seed)
+
+
 @dataclass(frozen=True)
 class Noise:
     """A batch of independent noise sources, one 64-bit seed per sample.
@@ -49,16 +87,20 @@ class Noise:
     seeds: Tensor
 
     @classmethod
-    def of(cls, seed: int | Sequence[int], ids: Tensor | int, device: torch.device | str = "cpu") -> Noise:
+    def of(cls, seed: Seed, ids: Tensor | int, device: torch.device | str = "cpu") -> Noise:
         """Sources for samples ``ids`` (a tensor of numbers, or a count) of one ``seed``.
 
         A sequence of seeds gives each sample its own; picture 0 of ``seed=7`` and of ``seed=[7]`` are the same.
+
+        Raises:
+            InputError: a seed that is no whole number.
         """
         index = torch.arange(ids) if isinstance(ids, int) else ids
         index = index.to(device, torch.int64)
-        if not isinstance(seed, Sequence):
-            return cls(_mix(_mix(torch.full_like(index, _word(operator.index(seed)))) + index * _GAMMA))
-        own = torch.tensor([_word(int(s)) for s in seed], dtype=torch.int64, device=device)
+        seeds = seeds_of(seed)
+        if isinstance(seeds, int):
+            return cls(_mix(_mix(torch.full_like(index, _word(seeds))) + index * _GAMMA))
+        own = torch.tensor([_word(s) for s in seeds], dtype=torch.int64, device=device)
         return cls(_mix(_mix(own)[index]))
 
     def __len__(self) -> int:

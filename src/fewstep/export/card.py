@@ -203,8 +203,11 @@ def _hub_id(generator: Generator) -> str | None:
 
 
 def _about(generator: Generator, method: str, base: str | None, facts: Mapping[str, Any]) -> str:
-    shape = "x".join(map(str, generator.denoiser.shape))
+    shape, factor = "x".join(map(str, generator.denoiser.shape)), getattr(generator.pipeline, "factor", None)
     space = "pictures" if generator.codec is None else "latents"
+    if generator.codec is not None and factor:
+        height, width = (factor * int(side) for side in generator.denoiser.shape[-2:])
+        space += f" (pictures of {height}x{width})"
     nfe = facts.get("nfe", generator.sampler.nfe)
     made = f"{'distilled' if _distils(method) else 'trained'} with {method}" if method else "sampled in few steps"
     teacher = f" from [{base}](https://huggingface.co/{base})" if base else ""
@@ -294,7 +297,8 @@ def _training(generator: Generator, method: str) -> str:
 def _pairs(found: Mapping[str, Any]) -> str:
     """Plain values by name, in code marks."""
     plain = {k: v for k, v in found.items() if isinstance(v, str | int | float | bool)}
-    return ", ".join(f"`{k}={v}`" for k, v in plain.items()) + ("." if plain else "")
+    told = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in plain.items()}
+    return ", ".join(f"`{k}={v}`" for k, v in told.items()) + ("." if plain else "")
 
 
 def _numbers(metrics: Sequence[Score]) -> str:
@@ -324,9 +328,10 @@ def _checked(facts: Mapping[str, Any]) -> str:
 
 def _limits(generator: Generator, facts: Mapping[str, Any]) -> str:
     steps = facts.get("num_inference_steps", generator.sampler.nfe)
+    many = f"{steps} step{'' if steps == 1 else 's'}"
     return (
         "## Limits\n\n"
-        f"* It is made for {steps} step{'' if steps == 1 else 's'} on the grid above; another scheduler, grid or number of steps is another "
+        f"* It is made for {many} on the grid above; another scheduler, grid or number of steps is another "
         "model.\n"
         "* It has what its teacher learnt, mistakes and biases included, and usually shows less variety.\n"
         "* Weights that were fine-tuned or adapted after this step may need the distillation again."

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fewstep.core.generator import CONFIG, Generator
+from fewstep.core.generator import CONFIG, Generator, local
 from fewstep.core.sample import Sampler
 from fewstep.core.state import write_text
 from fewstep.core.stored import save_sampler
@@ -194,7 +194,7 @@ def _sampler_card(sampler: Sampler, repo: str) -> str:
 
 def _checked_folder(what: str | Path, card: str | None) -> Path:
     """A folder that can be uploaded."""
-    folder = Path(what)
+    folder = local(what)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: pass a generator, or the folder of an export")
     if not any((folder / name).is_file() for name in KNOWN):
@@ -281,7 +281,7 @@ def download(
     """
     check_repo(repo)
     hub = _hub()
-    place = Path(cache or hub.constants.HF_HUB_CACHE)
+    place = local(cache or hub.constants.HF_HUB_CACHE)
     with _said(repo, "read", place):
         found = hub.snapshot_download(
             repo,

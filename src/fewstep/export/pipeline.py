@@ -110,8 +110,14 @@ def _finish(
     """Checks what lies in ``place`` and writes the facts and the card of what will be called ``name``."""
     from fewstep.export.card import model_card, shareable, snippet_for
 
+    inner = module_of(generator.denoiser)
+    assert inner is not None
+    weights = str(laid.dtype or next(inner.parameters()).dtype).removeprefix("torch.")
+    # A network of fewstep's own runs as its file has it; half precision is asked for where the reader would lose it.
+    dtype = weights if weights in ("float16", "bfloat16") and not laid.told_sigma else None
+
     def snippet(at: str) -> str:
-        return snippet_for(laid.pipeline, at, call.show, remote_code=laid.remote_code, seed=how.seed)
+        return snippet_for(laid.pipeline, at, call.show, remote_code=laid.remote_code, seed=how.seed, dtype=dtype)
 
     found, table = None, table_of(generator)
     levels = table.sigmas[~table.sigmas.isnan()].tolist()

@@ -138,7 +138,8 @@ def save_scheduler(sampler: Tableau | Generator | alone.TableauScheduler, folder
     """Writes ``scheduler_config.json`` and ``scheduling_fewstep.py``: what a pipeline's ``scheduler/`` folder needs.
 
     ``sampler`` is a scheduler, or a table or a generator with one, for which ``options`` go to
-    :meth:`TableauScheduler.from_tableau`. In the pipeline's ``model_index.json`` the entry is
+    :meth:`TableauScheduler.from_tableau`; a generator's starts from the noise that the generator itself starts from.
+    In the pipeline's ``model_index.json`` the entry is
     ``"scheduler": ["scheduling_fewstep", "TableauScheduler"]``, and it is loaded with ``trust_remote_code=True``.
 
     Raises:
@@ -146,6 +147,8 @@ def save_scheduler(sampler: Tableau | Generator | alone.TableauScheduler, folder
     """
     made = sampler.sampler if isinstance(sampler, Generator) else sampler
     if isinstance(made, Tableau):
+        if isinstance(sampler, Generator):
+            options.setdefault("start_std", sampler.start_std())
         made = TableauScheduler.from_tableau(made, **options)
     if not isinstance(made, alone.TableauScheduler):
         raise InputError(

@@ -129,7 +129,9 @@ class TableauScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Starts at a later call. Rows that need something from before it become first-order steps."""
         if not 0 <= begin_index < len(self._calls):
-            raise ValueError(f"begin_index must be in 0 .. {len(self._calls) - 1}, got {begin_index}")
+            # Pipelines that start from a picture skip steps by their strength, and may skip all of a few.
+            fix = f": with strength {1 / len(self._calls):.3g} or more a step is left" if begin_index > 0 else ""
+            raise ValueError(f"begin_index must be in 0 .. {len(self._calls) - 1}, got {begin_index}{fix}")
         self._begin_index: int | None = begin_index
 
     def set_timesteps(

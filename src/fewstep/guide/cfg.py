@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ class CFG(Wrapper):
         self, denoiser: Denoiser, scale: float, nulls: Nulls | Callable[[], Nulls] | None = None, negative: str = ""
     ) -> None:
         super().__init__(denoiser)
-        if not 0 <= scale < math.inf:
-            raise InputError(f"guidance needs a scale >= 0 (1 is none), got {scale}")
+        _check(scale, negative)
         self.scale, self.nulls = float(scale), nulls
         if negative:
             self.negative = negative
@@ -58,6 +58,14 @@ class CFG(Wrapper):
         return torch.lerp(free, own, self.scale)
 
 
+def _check(scale: Any, negative: Any) -> None:
+    number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else math.nan
+    if not 0 <= number < math.inf:
+        raise InputError(f"guidance needs a scale >= 0 (1 is none), got {scale!r}")
+    if not isinstance(negative, str):
+        raise InputError(f"a negative prompt is a text, got {negative!r}")
+
+
 def guided(generator: Generator, scale: float, negative: str = "") -> Generator:
     """The generator under classifier-free guidance; itself for scale 1.
 
@@ -66,6 +74,7 @@ def guided(generator: Generator, scale: float, negative: str = "") -> Generator:
     Raises:
         InputError: an unconditional generator, a bad scale, or a negative prompt where there are none.
     """
+    _check(scale, negative)
     if negative and not isinstance(generator.conds, TextConditions):
         raise InputError(f"this generator reads no prompts: it cannot move away from {negative!r}")
     if scale == 1:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,12 @@ from fewstep.core.cond import Cond
 from fewstep.core.denoiser import TimeMap
 from fewstep.core.network import network
 from fewstep.errors import InputError, unknown
+from fewstep.models.conditions import Need
+from fewstep.models.libraries import diffusers_class as diffusers_class
+from fewstep.models.libraries import opening, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Need(NamedTuple):
-    """A condition that a network reads: its shape per example, None for any length, and whether it can be left out."""
-
-    shape: tuple[int | None, ...]
-    optional: bool = False
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 Config = Mapping[str, Any]
@@ -42,6 +38,7 @@ class Family:
         passes_sigmas: whether its pipeline hands the scheduler levels of its own instead of a number of steps.
         flow_time: how it is told the time of a flow model.
         patch: latents must be divisible by this.
+        flow: whether networks of this class are trained on a flow alone.
     """
 
     part: str
@@ -52,6 +49,7 @@ class Family:
     passes_sigmas: bool = False
     flow_time: TimeMap = "native*1000"
     patch: Callable[[Config], int] = field(default=lambda config: int(config.get("patch_size", 1)))
+    flow: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,10 @@ class DiffusersNet(nn.Module):
         self.family = family_of(config.class_name)
         self.needs = self.family.needs(config.config)
         if model is None:
-            model = diffusers_class(config.class_name).from_config(dict(config.config)).to(DTYPES[config.dtype])
+            kind = diffusers_class(config.class_name)
+            with quiet(), opening("this configuration", config.class_name):
+                model = kind.from_config(dict(config.config)).to(DTYPES[config.dtype])
+        assert model is not None
         self.config, self.model = config, model
         for module in model.modules():
             if type(module).__name__ == "LabelEmbedding":
@@ -139,52 +140,16 @@ def family_of(class_name: str) -> Family:
     return FAMILIES[class_name]
 
 
-def diffusers_class(name: str) -> Any:
-    """A class of diffusers by name.
-
-    Raises:
-        InputError: diffusers is not installed, or this version has no such class.
-    """
-    try:
-        diffusers = import_module("diffusers")
-    except ModuleNotFoundError:
-        raise InputError(f"{name} is a class of diffusers, which is not installed: pip install 'fewstep[hf]'") from None
-    found = getattr(diffusers, name, None)
-    if found is None:
-        raise InputError(f"diffusers {diffusers.__version__} has no {name}: install a version that does")
-    return found
-
-
-def check_conditions(needs: Mapping[str, Need], cond: Cond) -> None:
-    """Raises InputError for a condition that is missing, unknown or of another shape than the network reads."""
-    for name in cond:
-        if name not in needs:
-            raise unknown("condition", name, needs)
-    for name, need in needs.items():
-        if name not in cond:
-            if need.optional:
-                continue
-            raise InputError(f"the condition {name!r} is missing: this network reads {', '.join(needs)}")
-        own = tuple(cond[name].shape)[1:]
-        fits = cond[name].ndim == 1 + len(need.shape) and all(
-            n in (None, m) for n, m in zip(need.shape, own, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("any" if n is None else str(n) for n in ("B", *need.shape))
-            raise InputError(f"the condition {name!r} must be ({wanted}), got {tuple(cond[name].shape)}")
-
-
 def latent_channels(class_name: str, config: Config) -> int:
     """The channels of a picture or latent that the network maps to itself.
 
     Raises:
         InputError: it reads more than it predicts, as networks that inpaint or edit do.
     """
-    enter = int(config["in_channels"])
+    enter = _whole(config, "in_channels")
+    leave = enter if config.get("out_channels") is None else _whole(config, "out_channels")
     if class_name == "FluxTransformer2DModel":
-        leave, enter = int(config.get("out_channels") or enter) // 4, enter // 4
-    else:
-        leave = int(config.get("out_channels") or enter)
+        leave, enter = leave // 4, enter // 4
     if leave not in (enter, 2 * enter):
         raise InputError(
             f"{class_name} reads {enter} channels and predicts {leave}: networks that inpaint or edit a given picture "
@@ -193,16 +158,25 @@ def latent_channels(class_name: str, config: Config) -> int:
     return enter
 
 
+def _whole(config: Config, name: str) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"the network's config.json has {name}={value!r}, expected a whole number of at least 1")
+    return value
+
+
 def _class_needs(config: Config) -> dict[str, Need]:
     if config.get("class_embed_type") is not None:
         raise InputError(
             f"UNet2DModel with class_embed_type={config['class_embed_type']!r} is not supported: only None"
         )
-    return {"label": Need(())} if config.get("num_class_embeds") else {}
+    return {"label": Need((), kind="integer")} if config.get("num_class_embeds") else {}
 
 
 def _dit_needs(config: Config) -> dict[str, Need]:
-    return {"label": Need((), optional=True)}
+    if "num_embeds_ada_norm" in config:
+        _whole(config, "num_embeds_ada_norm")
+    return {"label": Need((), optional=True, kind="integer")}
 
 
 def _unet_needs(config: Config) -> dict[str, Need]:
@@ -213,9 +187,12 @@ def _unet_needs(config: Config) -> dict[str, Need]:
     if config.get("num_class_embeds"):
         raise InputError("UNet2DConditionModel with num_class_embeds is not supported: only prompts")
     width = config.get("cross_attention_dim", 1280)
-    needs = {"prompt_embeds": Need((None, int(width[0] if isinstance(width, list | tuple) else width)))}
+    if isinstance(width, list | tuple) and len(set(width)) > 1:
+        raise InputError(f"UNet2DConditionModel with cross_attention_dim={width!r} is not supported: only one number")
+    width = width[0] if isinstance(width, list | tuple) and width else width
+    needs = {"prompt_embeds": Need((None, _whole({"cross_attention_dim": width}, "cross_attention_dim")))}
     if config.get("addition_embed_type") == "text_time":
-        pooled = int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
+        pooled = _whole(config, "projection_class_embeddings_input_dim") - 6 * _whole(config, "addition_time_embed_dim")
         needs |= {"pooled_prompt_embeds": Need((pooled,)), "time_ids": Need((6,))}
     if config.get("time_cond_proj_dim"):
         needs["guidance"] = Need((), optional=True)
@@ -223,7 +200,8 @@ def _unet_needs(config: Config) -> dict[str, Need]:
 
 
 def _masked_needs(config: Config) -> dict[str, Need]:
-    needs = {"prompt_embeds": Need((None, int(config["caption_channels"]))), "prompt_attention_mask": Need((None,))}
+    width, mask = _whole(config, "caption_channels"), Need((None,), kind="any")
+    needs = {"prompt_embeds": Need((None, width)), "prompt_attention_mask": mask}
     if _told_the_size(config):
         needs |= {"resolution": Need((2,)), "aspect_ratio": Need((1,))}
     return needs | ({"guidance": Need(())} if config.get("guidance_embeds") else {})
@@ -237,8 +215,8 @@ def _told_the_size(config: Config) -> bool:
 
 def _joint_needs(config: Config) -> dict[str, Need]:
     needs = {
-        "prompt_embeds": Need((None, int(config["joint_attention_dim"]))),
-        "pooled_prompt_embeds": Need((int(config["pooled_projection_dim"]),)),
+        "prompt_embeds": Need((None, _whole(config, "joint_attention_dim"))),
+        "pooled_prompt_embeds": Need((_whole(config, "pooled_projection_dim"),)),
     }
     return needs | ({"guidance": Need(())} if config.get("guidance_embeds") else {})
 
@@ -375,10 +353,10 @@ FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family("unet", _call_unet, _unet_needs, _unet_taps, _UNET),
     "DiTTransformer2DModel": Family("transformer", _call_dit, _dit_needs, _block_taps, _ATTENTION),
     "PixArtTransformer2DModel": Family("transformer", _call_pixart, _masked_needs, _block_taps, _ATTENTION),
-    "SD3Transformer2DModel": Family("transformer", _call_sd3, _joint_needs, _block_taps, _JOINT),
+    "SD3Transformer2DModel": Family("transformer", _call_sd3, _joint_needs, _block_taps, _JOINT, flow=True),
     "FluxTransformer2DModel": Family(
-        "transformer", _call_flux, _joint_needs, _flux_taps, _FLUX, True, "native", lambda config: 2
+        "transformer", _call_flux, _joint_needs, _flux_taps, _FLUX, True, "native", lambda config: 2, flow=True
     ),
-    "SanaTransformer2DModel": Family("transformer", _call_sana, _masked_needs, _block_taps, _ATTENTION),
+    "SanaTransformer2DModel": Family("transformer", _call_sana, _masked_needs, _block_taps, _ATTENTION, flow=True),
 }
 """The network classes of diffusers that can be teachers and students."""

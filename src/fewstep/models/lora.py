@@ -8,17 +8,20 @@ several of them can take part in one loss, and a checkpointed block recomputes w
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Precond
+from fewstep.core.noise import whole
 from fewstep.errors import InputError
 
 ADAPTER = "default"
@@ -48,15 +51,24 @@ class LoRA:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1 or (self.alpha is not None and not self.alpha > 0):
-            raise InputError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {self}")
+        object.__setattr__(self, "rank", whole("LoRA's rank", self.rank))
+        for name, value in (("alpha", 1.0 if self.alpha is None else self.alpha), ("dropout", self.dropout)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise InputError(f"LoRA's {name} must be a number, got {value!r}")
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not (self.alpha is None or 0 < self.alpha < math.inf):
+            raise InputError(f"LoRA needs rank >= 1, finite alpha > 0 and 0 <= dropout < 1, got {self}")
         if isinstance(self.targets, str):
             try:
                 re.compile(self.targets)
             except re.error as error:
                 raise InputError(f"LoRA targets {self.targets!r} are no regular expression: {error}") from None
         elif self.targets is not None:
-            object.__setattr__(self, "targets", tuple(self.targets))
+            names: tuple[Any, ...] = tuple(self.targets) if isinstance(self.targets, Iterable) else (self.targets,)
+            if not all(isinstance(name, str) for name in names):
+                raise InputError(
+                    f"LoRA targets must be names of layers, or one regular expression, got {self.targets!r}"
+                )
+            object.__setattr__(self, "targets", names)
             if not self.targets:
                 raise InputError("LoRA targets are empty: name layers, or pass None for the network's default")
 

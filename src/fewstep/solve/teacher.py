@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fewstep.core.cond import Cond, take
-from fewstep.core.denoiser import Denoiser
+from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.noise import Noise
 from fewstep.core.sample import Sampler, trajectory
 from fewstep.core.solver import build
@@ -128,7 +128,7 @@ def follow(
     if room < numel:
         order = Noise.of(0, 1).uniform((numel,), "pixels", dtype=torch.float64)[0].argsort()
         pixels = order[:room].sort().values.to(noise.seeds.device)
-    start = noise.normal(D.shape, dtype=dtype) * float(levels[0])
+    start = noise.normal(D.shape, dtype=dtype) * start_std(D, float(levels[0]))
     table = build("dpmpp", levels, order=3, exact=True)
     shape = (len(levels), n, numel if pixels is None else room)
     made = Teacher(levels, start, start.new_empty(shape), start.new_empty(shape), pixels, dict(cond))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,24 @@ import torch
 from torch import Tensor
 
 from fewstep.core.state import load_tensors
-from fewstep.errors import InputError
+from fewstep.errors import InputError, unknown
+
+DTYPES = {
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+}
+"""The types that weights can have, by name."""
+# What reading bytes that are no checkpoint can raise: any of them may be taken for an instruction of the format.
+_GARBAGE = (
+    *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError),
+    *(OSError, RuntimeError, TypeError, ValueError, struct.error),
+)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -36,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} holds more than tensors: it asks for {named[1]}, which is not executed. Save its state_dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _GARBAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a whole checkpoint ({reason}): copy it again or use another") from None
     if not isinstance(body, Mapping) or not body:
@@ -50,12 +68,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return dict(body)
 
 
-def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The type that weights are to have, float32 where none is said.
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The type that weights are to have, float32 where none is said; by name too, such as "bfloat16" or "bf16".
 
     Raises:
-        InputError: it is no floating type.
+        InputError: an unknown name, or a type that is none of :data:`DTYPES`.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        if name not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        return DTYPES[name]
+    if dtype not in DTYPES.values():
         raise InputError(f"dtype must be a floating type such as torch.float16, got {dtype!r}")
-    return dtype or torch.float32
+    return dtype

@@ -14,14 +14,17 @@ from fewstep.core.generator import Generator, check_device
 from fewstep.core.path import FLOW, TRIG, DDPMPath
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.models.diffusers import DTYPES, DiffusersConfig, DiffusersNet, diffusers_class
-from fewstep.sources.diffusers_files import load_network, pick_variant, plain, read_json
+from fewstep.models.diffusers import ALIASES, DTYPES, DiffusersConfig, DiffusersNet, diffusers_class
+from fewstep.models.libraries import opening, quiet
+from fewstep.sources.diffusers_files import load_part, pick_variant, plain, read_json
+from fewstep.sources.diffusers_parts import part_config
 from fewstep.sources.diffusers_pipeline import DiffusersPipeline
 from fewstep.sources.exported import carried, exported_steps
 from fewstep.sources.text import Prompts
 from fewstep.tracing import SCHEDULERS, scheduler_config, trace
 
 PURE_NOISE = 1e8
+SCHEDULER = "scheduler/scheduler_config.json"
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
 _PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _UNSUPPORTED = ("CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler", "IPNDMScheduler")
@@ -81,15 +84,14 @@ def load_diffusers(
         local_files_only=local_files_only,
     )
     scheduler, table = carried(around.scheduler_config)
-    facts = native(scheduler)
-    facts["time"] = around.family.flow_time if facts["path"] is FLOW else facts["time"]
+    facts = _facts(around, scheduler)
     folder = around.root / around.part if base is None else _network_folder(source, around)
     found, notes = pick_variant(folder, variant)
     if table is not None and steps not in (None, table.nfe):
         raise InputError(f"{source} carries a sampler of {table.nfe} evaluations: it cannot take steps={steps}")
     own = exported_steps(around.root) if steps is None else steps
     sampler, more = (table, []) if table is not None else default_sampler(around, facts, own)
-    model: Any = load_network(folder, around.network_class, dtype=DTYPES[name], variant=found)
+    model: Any = load_part(folder, around.parts[around.part], dtype=DTYPES[name], variant=found)
     net = DiffusersNet(DiffusersConfig(around.network_class, plain(model.config), name), model)
     sigma_data: dict[str, Any] = (
         {} if "sigma_data" in facts else {"sigma_data": 1.0 if around.codec is not None else 0.5}
@@ -105,10 +107,24 @@ def load_diffusers(
     return Generator(denoiser, sampler, around.codec, around.conds, card, around)
 
 
+def _facts(around: DiffusersPipeline, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`native` for a network of this family, told the time as its pipeline tells it."""
+    facts = native(scheduler, around.root / SCHEDULER)
+    if facts["path"] is FLOW:
+        return {**facts, "time": around.family.flow_time}
+    if around.family.flow:
+        raise InputError(
+            f"{around.network_class} is a flow model, its scheduler {scheduler['_class_name']} is not: put a "
+            "FlowMatchEulerDiscreteScheduler in its place, or set use_flow_sigmas and prediction_type='flow_prediction'"
+        )
+    return facts
+
+
 def _dtype_name(dtype: torch.dtype | str | None) -> str:
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    name = ALIASES.get(name, name)
     if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
+        raise unknown("dtype", name, [*DTYPES, *ALIASES])
     return name
 
 
@@ -122,8 +138,12 @@ def _network_folder(source: str | Path, around: DiffusersPipeline) -> Path:
         )
     body = read_json(folder / "config.json")
     said = body.get("_class_name", around.network_class)
-    own = {k: v for k, v in body.items() if k in ("in_channels", "out_channels", "cross_attention_dim")}
-    wrong = [k for k, v in own.items() if around.network_config.get(k) not in (v, None)]
+    wrong = []
+    if said == around.network_class:
+        config = part_config(folder.parent, folder.name, around.parts[around.part])
+        same = ("in_channels", "out_channels", "cross_attention_dim")
+        wrong = [k for k in same if config.get(k) != around.network_config.get(k)]
+        wrong += [] if around.family.needs(config) == around.needs else ["conditions"]
     if said != around.network_class or wrong:
         raise InputError(
             f"{folder} does not fit the pipeline {around.source}: it is a {said}"
@@ -132,11 +152,12 @@ def _network_folder(source: str | Path, around: DiffusersPipeline) -> Path:
     return folder
 
 
-def native(config: Mapping[str, Any]) -> dict[str, Any]:
+def native(config: Mapping[str, Any], place: str | Path = "this configuration") -> dict[str, Any]:
     """From a scheduler's configuration to what :class:`fewstep.core.denoiser.Precond` needs: path, prediction, levels.
 
     A variance-preserving model gets the scheduler's own table, where pure noise is the level 1e8 (some schedulers put a
     large finite level in its place, which is kept); a flow model the levels from its smallest trained time to 1e8.
+    ``place`` is its file, for messages.
 
     Raises:
         InputError: an unknown scheduler, one without a Gaussian path, or a prediction type that contradicts it.
@@ -145,7 +166,7 @@ def native(config: Mapping[str, Any]) -> dict[str, Any]:
     if name in _UNSUPPORTED:
         good = ", ".join(sorted(set(SCHEDULERS) - set(_UNSUPPORTED)))
         raise InputError(f"{name} does not say how its network is trained: choose one of {good}")
-    made = diffusers_class(name).from_config({k: v for k, v in config.items() if k != "_class_name"})
+    made = _made(config, place)
     said = config.get("prediction_type", made.config.get("prediction_type"))
     if name.startswith("FlowMatch") or made.config.get("use_flow_sigmas") or said == "flow_prediction":
         return _flow(name, made, said)
@@ -153,14 +174,39 @@ def native(config: Mapping[str, Any]) -> dict[str, Any]:
         raise unknown(f"prediction_type of {name}", str(said), [*PREDICTIONS, "flow_prediction"])
     if name in _PRECONDITIONED:
         return _preconditioned(made, str(said))
+    path, levels = _table(made, place)
+    return {"path": path, "predicts": PREDICTIONS[said], "time": "native", **levels}
+
+
+def _made(config: Mapping[str, Any], place: str | Path) -> Any:
+    """The scheduler itself, whose numbers of steps and betas make sense."""
+    name = config["_class_name"]
+    kind, count = diffusers_class(name), config.get("num_train_timesteps", 1000)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        raise InputError(f"{place} has num_train_timesteps={count!r}, expected a whole number of at least 2")
+    for key in ("beta_start", "beta_end"):
+        value = config.get(key, 0.5)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise InputError(f"{place} has {key}={value!r}, expected a number between 0 and 1")
+    betas = config.get("trained_betas")
+    if betas is not None and (not isinstance(betas, list | tuple) or len(betas) != count):
+        raise InputError(f"{place} has trained_betas={str(betas)[:40]!r}, expected {count} numbers between 0 and 1")
+    with quiet(), opening(place, name):
+        return kind.from_config({k: v for k, v in config.items() if k != "_class_name"})
+
+
+def _table(made: Any, place: str | Path) -> tuple[DDPMPath, dict[str, Any]]:
+    """The path of a table of betas, and the levels of its first and last step."""
     kept = made.alphas_cumprod.double().clamp(min=1 / (1 + PURE_NOISE**2))
     ratios = torch.cat([kept[:1], kept[1:] / kept[:-1]])
-    path = DDPMPath(tuple((1 - ratios).tolist()))
+    try:
+        path = DDPMPath(tuple((1 - ratios).tolist()))
+    except InputError as error:
+        raise InputError(f"{place} has no usable betas: {error}") from None
     low, high = float(path.levels[0]), float(path.levels[-1])
     # The last ratio of a table that ends in pure noise is so small that its level loses digits.
     high = PURE_NOISE if high > 0.99 * PURE_NOISE else high
-    levels = {"sigma_min": low, "sigma_max": high, "unit_start": True}
-    return {"path": path, "predicts": PREDICTIONS[said], "time": "native", **levels}
+    return path, {"sigma_min": low, "sigma_max": high, "unit_start": True}
 
 
 def _flow(name: str, made: Any, said: str | None) -> dict[str, Any]:
@@ -194,7 +240,7 @@ def default_sampler(
     config, notes = around.scheduler_config, []
     name = config["_class_name"]
     kind = diffusers_class(name)
-    own = kind.from_config({k: v for k, v in config.items() if k != "_class_name"}).config
+    own = _made(config, around.root / SCHEDULER).config
     changes = {k: v for k, v in _OFF.items() if own.get(k)}
     if name.startswith("DDPM") and str(own.get("variance_type")).startswith("learned"):
         changes["variance_type"] = "fixed_small"
@@ -212,13 +258,18 @@ def default_sampler(
         options["sigmas"] = [1 - k * (1 - 1 / count) / max(1, count - 1) for k in range(count)]
     else:
         options["steps"] = count
-    try:
-        table = trace({**config, **changes}, **options)
-    except InputError as error:
-        substitute = _substitute(own, facts)
-        notes.append(f"{name} cannot be traced ({error}): {substitute['_class_name']} takes its place")
-        return trace(substitute, steps=count), notes
-    return table, notes + _rounded_times(kind.from_config({**config, **changes}), options, table, facts)
+    with quiet():
+        try:
+            table = trace({**config, **changes}, **options)
+        except InputError as error:
+            substitute = _substitute(own, facts)
+            notes.append(f"{name} cannot be traced ({error}): {substitute['_class_name']} takes its place")
+            try:
+                return trace(substitute, steps=count), notes
+            except InputError:
+                where = around.root / SCHEDULER
+                raise InputError(f"{where} gives no sampler of {count} steps: {error}") from None
+        return table, notes + _rounded_times(kind.from_config({**config, **changes}), options, table, facts)
 
 
 def _rounded_times(made: Any, options: Mapping[str, Any], table: Tableau, facts: Mapping[str, Any]) -> list[str]:
@@ -240,9 +291,9 @@ def _rounded_times(made: Any, options: Mapping[str, Any], table: Tableau, facts:
 
 
 def pipeline_steps(around: DiffusersPipeline) -> int:
-    """The number of steps that the pipeline takes by default; 50 for a class that diffusers does not have."""
-    kind = getattr(__import__("diffusers"), around.class_name, None)
-    found = inspect.signature(kind.__call__).parameters.get("num_inference_steps") if kind is not None else None
+    """The number of steps that the pipeline takes by default; 50 for a class that names none."""
+    kind = diffusers_class(around.class_name)
+    found = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
     return found.default if found is not None and isinstance(found.default, int) else 50
 
 
@@ -252,6 +303,12 @@ def _mu(around: DiffusersPipeline, own: Mapping[str, Any]) -> float:
     tokens = (around.shape[1] // patch) * (around.shape[2] // patch)
     low, high = own.get("base_image_seq_len", 256), own.get("max_image_seq_len", 4096)
     first, last = own.get("base_shift", 0.5), own.get("max_shift", 1.15 if around.family.passes_sigmas else 1.16)
+    wrong = [v for v in (low, high, first, last) if isinstance(v, bool) or not isinstance(v, int | float)]
+    if wrong or low == high:
+        raise InputError(
+            f"{around.root / SCHEDULER} has base_image_seq_len={low!r}, max_image_seq_len={high!r}, "
+            f"base_shift={first!r}, max_shift={last!r}: expected numbers, the first two not equal"
+        )
     slope = (last - first) / (high - low)
     return float(tokens * slope + (first - slope * low))
 

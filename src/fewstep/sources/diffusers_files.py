@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +15,8 @@ from torch import nn
 
 from fewstep.core.state import read_json
 from fewstep.errors import InputError
-from fewstep.models.diffusers import diffusers_class
+from fewstep.models.libraries import library_class, opening
+from fewstep.models.libraries import quiet as quiet
 from fewstep.sources.exported import OWN
 
 INDEX = "model_index.json"
@@ -70,17 +68,19 @@ def resolve(
             f"huggingface_hub is not installed, which opens {source!r}: pip install 'fewstep[hf]'"
         ) from None
     offline = constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only
+    # Its bases hold the error of the HTTP library of that version, which for a failed connection is no OSError.
+    failures = (OSError, ValueError, RuntimeError, *errors.HfHubHTTPError.__bases__)
     common = {"revision": revision, "token": token}
     try:
         if offline:
             return Path(hub.snapshot_download(str(source), local_files_only=True, **common))
         try:
             names = hub.HfApi().list_repo_files(str(source), **common)
-        except (OSError, ValueError, errors.HfHubHTTPError):
+        except failures:
             # What the cache has is used when nothing can be asked, as everywhere in huggingface_hub.
             return Path(hub.snapshot_download(str(source), local_files_only=True, **common))
         return Path(hub.snapshot_download(str(source), allow_patterns=_wanted(names, variant), **common))
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+    except failures as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{source!r} is neither a folder here nor a Hub id that can be had: the cache {constants.HF_HUB_CACHE} "
@@ -179,7 +179,10 @@ def _check_shards(folder: Path, variant: str | None) -> None:
     for file in folder.glob("*.safetensors.index*.json"):
         if _variant_of(file.name) != variant:
             continue
-        shards = sorted(set(read_json(file).get("weight_map", {}).values()))
+        places = read_json(file).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            raise InputError(f"{file} is no index of shards: its weight_map must be names of tensors to names of files")
+        shards = sorted(set(places.values()))
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
             raise InputError(
@@ -187,43 +190,73 @@ def _check_shards(folder: Path, variant: str | None) -> None:
             )
 
 
-def load_network(folder: Path, class_name: str, *, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    """The stock network with its weights, memory-mapped, each tensor accounted for.
+def component_variant(folder: Path, wished: str | None) -> str | None:
+    """The variant of a component beside the network that is read: the one wished for where it is there.
+
+    Raises:
+        InputError: see :func:`pick_variant`.
+    """
+    there = {_variant_of(p.name) for p in folder.iterdir()}
+    return pick_variant(folder, wished if wished in there else None)[0]
+
+
+def load_part(folder: Path, part: Component, *, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """A network, autoencoder or text encoder with its weights, memory-mapped, each tensor accounted for.
 
     Raises:
         InputError: damaged files, or weights that lack tensors, have others or other shapes: all are named.
     """
-    kind, files = diffusers_class(class_name), _weights(folder, variant)
+    kind, files = library_class(part.library, part.class_name), weight_files(folder, variant)
+    # Of transformers only so are the tensors of another shape listed; they are refused below.
+    extra = {"low_cpu_mem_usage": True} if part.library == "diffusers" else {"ignore_mismatched_sizes": True}
     try:
-        with quiet():
+        with quiet(), opening(folder, part.class_name):
             model, info = kind.from_pretrained(
                 folder,
                 torch_dtype=dtype,
                 variant=variant,
                 use_safetensors=True,
-                low_cpu_mem_usage=True,
                 output_loading_info=True,
                 local_files_only=True,
+                **extra,
             )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-        _compare(kind, folder, files)
-        raise InputError(f"{folder} cannot be opened as a {class_name}: {str(error).strip().splitlines()[0]}") from None
-    said = [f"{what} {', '.join(sorted(map(str, info[key])))}" for what, key in _LISTS if info.get(key)]
+    except InputError:
+        found = read_headers(files)
+        if part.library == "diffusers":
+            compare(kind, folder, found)
+        raise
+    lists = {key: [_named(k) for k in info.get(key) or ()] for _, key in _LISTS}
+    lists["unexpected_keys"] = [k for k in lists["unexpected_keys"] if not _HARMLESS.search(k)]
+    said = [f"{what} {', '.join(sorted(lists[key]))}" for what, key in _LISTS if lists[key]]
     if said:
         raise InputError(f"{folder} holds another architecture than its config.json: {'; '.join(said)}")
-    found: nn.Module = model.eval().requires_grad_(False)
-    return found
+    made: nn.Module = model.eval().requires_grad_(False)
+    return made
 
 
-_LISTS = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("shapes differ", "mismatched_keys"))
+_LISTS = (("missing", "missing_keys"), ("unknown", "unexpected_keys"), ("shapes differ:", "mismatched_keys"))
+# A buffer that older versions stored, a tied copy, and the head of the language model that an encoder was cut from.
+_HARMLESS = re.compile(r"(?:^|\.)(?:position_ids|embed_tokens\.weight|lm_head\.weight)$")
 
 
-def _weights(folder: Path, variant: str | None) -> list[Path]:
+def _named(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    name, *shapes = key
+    return f"{name} is " + ", expected ".join(str(tuple(s)) for s in shapes)
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors of one variant."""
     return sorted(p for p in folder.glob("*.safetensors") if _variant_of(p.name) == variant)
 
 
-def _compare(kind: Any, folder: Path, files: list[Path]) -> None:
-    """Raises InputError that lists how the headers of the files differ from the described network."""
+def read_headers(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, from the headers alone.
+
+    Raises:
+        InputError: a file that is cut short or no safetensors.
+    """
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[int, ...]] = {}
@@ -233,36 +266,26 @@ def _compare(kind: Any, folder: Path, files: list[Path]) -> None:
                 found |= {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
-    with torch.device("meta"), quiet():
-        own = {k: tuple(v.shape) for k, v in kind.from_config(read_json(folder / "config.json")).state_dict().items()}
+    return found
+
+
+# The names that attention had in older files, which diffusers still reads.
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def compare(kind: Any, folder: Path, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError that lists how tensors differ from those of the network that config.json describes."""
+    renamed = re.compile(rf"(attentions\.\d+)\.({'|'.join(_OLD)})\.")
+    found = {renamed.sub(lambda m: f"{m[1]}.{_OLD[m[2]]}.", k): v for k, v in found.items()}
+    config = read_json(folder / "config.json")
+    with torch.device("meta"), quiet(), opening(folder / "config.json", kind.__name__):
+        own = {k: tuple(v.shape) for k, v in kind.from_config(config).state_dict().items()}
     missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     shapes = [f"{k} is {found[k]}, expected {own[k]}" for k in sorted(own.keys() & found.keys()) if own[k] != found[k]]
     lists = (("missing", missing), ("unknown", extra), ("shapes differ:", shapes))
     said = [f"{what} {', '.join(names)}" for what, names in lists if names]
     if said:
         raise InputError(f"{folder} holds another architecture than its config.json: {'; '.join(said)}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps back the libraries' progress bars, and warnings where the same is said in an InputError."""
-    loggers = [import_module("diffusers.utils.logging")]
-    if "transformers" in sys.modules:
-        loggers.append(import_module("transformers.utils.logging"))
-    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # The name of the dtype's argument is changing, and only the old one is known to all versions.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, level, bars in before:
-            logger.set_verbosity(level)
-            if bars:
-                logger.enable_progress_bar()
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

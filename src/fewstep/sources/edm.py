@@ -24,6 +24,7 @@ from fewstep.models.adm import ADM, ADMConfig
 from fewstep.models.edm2 import EDM2Config, EDM2UNet
 from fewstep.models.song_unet import SongUNet, SongUNetConfig
 from fewstep.solve.heun import heun
+from fewstep.sources.checkpoint import check_dtype
 from fewstep.sources.edm_latents import LatentPipeline
 from fewstep.sources.unpickle import Persistent, read_pickle
 
@@ -35,7 +36,7 @@ def load_edm(
     *,
     key: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     vae: str | Path | None = None,
 ) -> Generator:
     """The generator in a network pickle of EDM or EDM2. Nothing in the file is executed.
@@ -49,17 +50,14 @@ def load_edm(
         path: the file.
         key: which of the file's networks; by default ``"ema"``.
         device: where the network shall live.
-        dtype: of its weights, a floating type; float32 by default.
+        dtype: of its weights, a floating type or its name, such as "bfloat16" or "bf16"; float32 by default.
         vae: folder or Hub id of the autoencoder whose latents the network makes, such as stabilityai/sd-vae-ft-mse.
 
     Raises:
         InputError: no pickle or a damaged one, a pickle that would execute anything, no such key, a network or
             preconditioning that is not EDM's, weights that do not belong, or no such device.
     """
-    place = check_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype must be a floating type such as torch.float16, got {dtype!r}")
-    path = Path(path)
+    place, kind, path = check_device(device), check_dtype(dtype), Path(path)
     data = read_pickle(path)
     name, outer = _choose(path, data, key)
     if outer.class_name not in _MAKERS:
@@ -73,7 +71,7 @@ def load_edm(
         raise InputError(f"{path}: its {outer.class_name} is not laid out as EDM's are: {error}") from None
     # Buffers hold random frequencies, which half precision would move: only weights are converted.
     for weight in denoiser.parameters():
-        weight.data = weight.data.to(dtype or torch.float32)
+        weight.data = weight.data.to(kind)
     denoiser.to(place).eval().requires_grad_(False)
     classes = int(denoiser.net.config.classes)  # type: ignore[union-attr, arg-type]
     card = {"source": path.name, "class": outer.class_name, "key": name, "sha256": _sha256(path)}

@@ -41,7 +41,7 @@ def carried(config: Mapping[str, Any]) -> tuple[dict[str, Any], Tableau | None]:
     if path == "flow":
         return {"_class_name": "FlowMatchEulerDiscreteScheduler"}, table
     same = {k: config[k] for k in _BETAS if config.get(k) is not None}
-    return {"_class_name": "DDIMScheduler", **same, "prediction_type": config["prediction_type"]}, table
+    return {"_class_name": "DDIMScheduler", **same, "prediction_type": config.get("prediction_type")}, table
 
 
 def exported_steps(root: Path) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.core.cond import Cond, Nulls
 from fewstep.core.noise import Noise
 from fewstep.errors import InputError, unknown
-from fewstep.models.diffusers import check_conditions
+from fewstep.models.conditions import check_conditions
 
 if TYPE_CHECKING:
     from fewstep.sources.diffusers_pipeline import DiffusersPipeline
@@ -180,6 +180,8 @@ def read_prompts(prompts: Prompts | None) -> list[str]:
     """
     if prompts is None:
         return []
+    if not isinstance(prompts, str | Path | list | tuple):
+        raise InputError(f"prompts must be a list of texts or a text file with one per line, got {prompts!r}")
     if isinstance(prompts, str | Path):
         file = Path(prompts).expanduser()
         if not file.is_file():

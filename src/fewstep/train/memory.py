@@ -15,6 +15,7 @@ from fewstep.errors import InputError
 from fewstep.models.checkpointing import checkpointed
 from fewstep.models.lora import LoRA
 from fewstep.train.roles import roles_of
+from fewstep.train.run import offload_of
 
 
 def estimate_memory(
@@ -32,13 +33,16 @@ def estimate_memory(
     contents. Nothing is written, and the teacher is left as it is. ``data`` None is for methods that need none.
 
     Raises:
-        InputError: a method that reads values of tensors, or what :func:`fewstep.train.roles.roles_of` refuses.
+        InputError: a method that reads values of tensors, offloading that would move nothing, or what
+            :func:`fewstep.train.roles.roles_of` refuses.
     """
     from fewstep.data.conditions import ConditionsOnly
 
     if method.needs_data and data is None:
         raise InputError(f"{type(method).__name__} learns from data and got none: pass data, e.g. --data digits")
     chosen = options or FitOptions()
+    # Refused as the run would refuse it, before anything is spent.
+    offload_of(chosen, lora)
     empty: Any = hollow(teacher.network)
     roles = roles_of(method, replace(teacher, denoiser=empty), lora, lora_roles)
     source = ConditionsOnly(teacher.conds) if data is None else data

@@ -92,7 +92,7 @@ def train(
         options["save_every"] = grid_every
     chosen = options_of(budget, options)
     roles = roles_of(method, start, lora, lora_roles)
-    place = _offload(chosen, lora)
+    place = offload_of(chosen, lora)
     made = {"method": type(method).__name__, "settings": asdict(method), "options": _lasting(chosen)}  # type: ignore[call-overload]
     if lora is not None:
         made["lora"] = {**asdict(lora), "roles": None if lora_roles is None else list(lora_roles)}
@@ -146,7 +146,12 @@ def _lasting(options: FitOptions) -> dict[str, Any]:
     return {k: v for k, v in asdict(options).items() if k not in ("checkpointing", "offload")}
 
 
-def _offload(options: FitOptions, lora: LoRA | None) -> Callable[[torch.nn.Module], torch.nn.Module] | None:
+def offload_of(options: FitOptions, lora: LoRA | None) -> Callable[[torch.nn.Module], torch.nn.Module] | None:
+    """What keeps a frozen network in host memory during a run; None where that was not asked for.
+
+    Raises:
+        InputError: offloading on the CPU, or of a teacher whose weights a LoRA student shares.
+    """
     if not options.offload:
         return None
     if torch.device(options.device).type == "cpu":
