@@ -136,7 +136,7 @@ def main() -> None:
     parts = ["# Results\n\nWritten by `make docs` from `benchmarks/results/*.json`; each section names its command.\n"]
     for path in sorted(RESULTS.glob("*.json")):
         body = json.loads(path.read_text())
-        page = {"exact": exact_page, "digits": digits_page, "floor": floor_page}.get(body["benchmark"])
+        page = {"exact": exact_page, "digits": digits_page, "floor": floor_page}.get(body.get("benchmark", ""))
         # The other benchmarks are about sampling and stand on the page of their own.
         parts += [] if page is None else [page(body)]
     (DOCS / "results.md").write_text("\n".join(parts))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.core.cond import Classes
 from fewstep.core.pipeline import Conditions, pipeline
 from fewstep.errors import InputError
-from fewstep.models.diffusers import diffusers_class
+from fewstep.models.libraries import diffusers_class, opening, quiet
 
 
 class LatentPipeline:
@@ -60,11 +60,8 @@ class LatentPipeline:
         """
         if self.vae is None:
             raise InputError(f"this network makes latents of {self.name}: pass vae=, its folder or Hub id, to see them")
-        try:
+        with quiet(), opening(self.vae, "AutoencoderKL"):
             made = diffusers_class("AutoencoderKL").from_pretrained(self.vae, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"vae={self.vae!r} cannot be opened as an AutoencoderKL: {reason}") from None
         made.to(self.device).eval().requires_grad_(False)
         found: nn.Module = made
         return found
