@@ -64,7 +64,8 @@ class Distill:
         options = {**flags.options(), "recipe": clean(recipe_of("distill", self))}
         method: Any = self.settings  # type: ignore[attr-defined]
         student = distill(teacher, method, pictures, out=out, lora=lora, lora_roles=roles, **options)
-        told = f"{out}: {student.sampler.nfe} evaluations; try `fewstep sample {out}`"
+        count = student.sampler.nfe
+        told = f"{out}: {count} evaluation{'' if count == 1 else 's'}; try `fewstep sample {out}`"
         if distributed.rank() == 0:
             Console(stderr=True).print(told, highlight=False)
 

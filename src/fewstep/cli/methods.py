@@ -56,7 +56,7 @@ def card(name: str) -> str:
     """Purpose, settings, meanings and defaults of a method as Markdown."""
     method = METHODS[name]
     text, _, attributes = (inspect.getdoc(method) or "").partition("Attributes:")
-    joined = re.sub(r"\n {5,}", " ", inspect.cleandoc(attributes))
+    joined = re.sub(r"\n {2,}", " ", inspect.cleandoc(attributes))
     meanings = dict(re.findall(r"^ *(\w+): (.*)$", joined, re.MULTILINE))
     lines = [
         f"## {name}",

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.core.cond import Cond
-from fewstep.core.denoiser import Precond, preconditioning
+from fewstep.core.denoiser import Precond
 from fewstep.core.network import network
 from fewstep.core.path import TRIG
 from fewstep.errors import InputError
+from fewstep.models.consistency import ConsistencyPrecond
 
 GROUPS = 32
 
@@ -306,21 +307,6 @@ class GuidedUNet(nn.Module):
         if label is None:
             return emb
         return torch.where((label < 0)[:, None], emb, emb + self.label_emb(label.clamp(min=0)))
-
-
-@preconditioning("consistency")
-class ConsistencyPrecond(Precond):
-    """EDM's preconditioning moved so that the denoiser is the identity at ``sigma_min`` (arXiv 2303.01469, app. C).
-
-    ``D = c_skip x + c_out net(c_in x)`` with ``c_skip = d^2 / ((sigma - m)^2 + d^2)``, ``c_out = (sigma - m) d / r``,
-    ``c_in = 1 / r``, ``r^2 = sigma^2 + d^2``, ``d = sigma_data`` and ``m = sigma_min``; ``m = 0`` is EDM's. Made by
-    :func:`karras`, whose path and scales give ``c_in``.
-    """
-
-    def weights(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`fewstep.core.denoiser.Precond.weights`."""
-        m, d = self.sigma_min, self.sigma_data
-        return d * d / ((sigma - m) ** 2 + d * d), (sigma - m) * d / (sigma**2 + d * d).sqrt()
 
 
 def karras(

@@ -14,7 +14,7 @@ import torch
 
 from fewstep.core import distributed
 from fewstep.core.cond import Classes
-from fewstep.core.denoiser import Precond, edm
+from fewstep.core.denoiser import Precond, Wrapper, edm
 from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
@@ -98,7 +98,7 @@ def train(
         made["lora"] = {**asdict(lora), "roles": None if lora_roles is None else list(lora_roles)}
     # What it is trained from and on: resuming with another teacher would silently go on.
     sources = {
-        "from": start.fingerprint() if isinstance(start.denoiser, Precond) else None,
+        "from": start.fingerprint() if isinstance(start.denoiser, Precond | Wrapper) else None,
         "data": getattr(data, "fingerprint", None),
     }
     body = {**(recipe or {}), **made, **sources}
