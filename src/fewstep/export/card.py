@@ -16,6 +16,7 @@ from fewstep.core.pipeline import TextConditions
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.export.snippet import fewstep_snippet, run_snippet, snippet_for
+from fewstep.sources.diffusers_files import is_hub_id
 
 __all__ = ["Score", "fewstep_snippet", "model_card", "run_snippet", "scores", "snippet_for"]
 
@@ -198,8 +199,7 @@ def shareable(found: Any) -> Any:
 def _hub_id(generator: Generator) -> str | None:
     """The Hub id of the pipeline that the generator came from; None for a folder of this machine."""
     source = str(getattr(generator.pipeline, "source", "") or "")
-    words = source.split("/")
-    return source if len(words) == 2 and all(words) and not Path(source).exists() else None
+    return source if is_hub_id(source) and not Path(source).exists() else None
 
 
 def _about(generator: Generator, method: str, base: str | None, facts: Mapping[str, Any]) -> str:

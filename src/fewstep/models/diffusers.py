@@ -19,8 +19,6 @@ from fewstep.models.libraries import diffusers_class as diffusers_class
 from fewstep.models.libraries import opening, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-
 
 Config = Mapping[str, Any]
 

@@ -18,6 +18,7 @@ from fewstep.errors import InputError, unknown
 DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
+    "half": torch.float16,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
     "float32": torch.float32,

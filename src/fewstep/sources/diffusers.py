@@ -14,8 +14,9 @@ from fewstep.core.generator import Generator, check_device
 from fewstep.core.path import FLOW, TRIG, DDPMPath
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.models.diffusers import ALIASES, DTYPES, DiffusersConfig, DiffusersNet, diffusers_class
+from fewstep.models.diffusers import DTYPES, DiffusersConfig, DiffusersNet, diffusers_class
 from fewstep.models.libraries import opening, quiet
+from fewstep.sources.checkpoint import check_dtype
 from fewstep.sources.diffusers_files import load_part, pick_variant, plain, read_json
 from fewstep.sources.diffusers_parts import part_config
 from fewstep.sources.diffusers_pipeline import DiffusersPipeline
@@ -121,10 +122,9 @@ def _facts(around: DiffusersPipeline, scheduler: Mapping[str, Any]) -> dict[str,
 
 
 def _dtype_name(dtype: torch.dtype | str | None) -> str:
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    name = ALIASES.get(name, name)
+    name = str(check_dtype(dtype)).removeprefix("torch.")
     if name not in DTYPES:
-        raise unknown("dtype", name, [*DTYPES, *ALIASES])
+        raise unknown("dtype of a pipeline", name, DTYPES)
     return name
 
 
