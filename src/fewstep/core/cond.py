@@ -20,15 +20,19 @@ Cond = Mapping[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Training material: pictures ``x`` (B, C, H, W) in [-1, 1], None where a method needs none, and conditions."""
+    """Training material: pictures ``x`` (B, C, H, W) in [-1, 1], None where a method needs none, and conditions.
+
+    ``noise`` (B, C, H, W) is the unit noise that a teacher made each picture from, where the data are such pairs.
+    """
 
     x: Tensor | None
     cond: dict[str, Tensor]
+    noise: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        x = None if self.x is None else self.x.to(device, non_blocking=True)
-        return Batch(x, {k: v.to(device, non_blocking=True) for k, v in self.cond.items()})
+        x, noise = (None if t is None else t.to(device, non_blocking=True) for t in (self.x, self.noise))
+        return Batch(x, {k: v.to(device, non_blocking=True) for k, v in self.cond.items()}, noise)
 
 
 def tensors(cond: Mapping[str, Any]) -> dict[str, Tensor]:

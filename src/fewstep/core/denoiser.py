@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -139,6 +140,13 @@ class Precond(nn.Module):
         parts |= {"kind": self.kind} if self.kind != "path" else {}
         parts |= {"unit_start": True} if self.unit_start else {}
         return {**parts, **{name: getattr(self, name) for name in fields}}
+
+    def with_net(self, net: nn.Module) -> Precond:
+        """The same preconditioning around another network, with that network's own taps; nothing is copied."""
+        made = copy.copy(self)
+        made._modules = {**self._modules, "net": net}
+        made.taps = dict(getattr(net, "taps", {}))
+        return made
 
     def features(
         self, x: Tensor, sigma: Tensor | float, cond: Cond | None, taps: Sequence[str]
@@ -301,6 +309,15 @@ def build_denoiser(description: Mapping[str, Any], conds: Any = None) -> Denoise
         return WRAPPERS[kind].rebuilt(build_denoiser(of, conds), fields, conds)
     except (KeyError, TypeError) as error:
         raise InputError(f"the description of a {kind} is incomplete or has unknown fields: {error}") from None
+
+
+def rewrapped(D: Denoiser, inner: Denoiser) -> Denoiser:
+    """``inner`` within the wrappers that stand around ``D``."""
+    if not isinstance(D, Wrapper):
+        return inner
+    made = copy.copy(D)
+    made.denoiser = rewrapped(D.denoiser, inner)
+    return made
 
 
 def module_of(D: Denoiser) -> nn.Module | None:

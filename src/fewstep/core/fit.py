@@ -54,7 +54,7 @@ def build_models(
             networks[name] = offload(network).requires_grad_(False).eval()
         else:
             distributed.broadcast(network.to(device).requires_grad_(False).eval())
-    averages = {n: copy.deepcopy(networks[n]) for n, r in roles.items() if r.ema is not None}
+    averages = {key: copy.deepcopy(networks[n]) for n, role in roles.items() for key in role.averages(n)}
     return Models(roles, networks, averages)
 
 
@@ -137,6 +137,7 @@ class _Loop:
 
     def step(self, i: int, progress: float, parts: list[tuple[Batch, Tensor]]) -> None:
         """One iteration of the method: its generators advance in lockstep over the micro-batches."""
+        self.m.progress = progress
         device = self.options.device
         with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             # For what cannot be keyed by sample, such as dropout.
@@ -206,9 +207,9 @@ class _Loop:
         optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if role.ema is not None:
-            decay = role.ema.decay(self.updates[name])
-            average = self.m.averages[name]
+        for key, kind in role.averages(name).items():
+            decay = kind.decay(self.updates[name], progress)
+            average = self.m.averages[key]
             with torch.no_grad():
                 torch._foreach_lerp_([*average.parameters()], [*parameters], 1 - decay)
                 for kept, new in zip(average.buffers(), network.buffers(), strict=True):
@@ -256,8 +257,8 @@ class _Loop:
                 network = self.m.networks[name]
                 groups[f"roles/{name}"] = network.state_dict()
                 groups[f"optim/{name}"] = parameter_state(network, optimizer)
-                if name in self.m.averages:
-                    groups[f"roles/{name}.ema"] = self.m.averages[name].state_dict()
+                for key in self.m.roles[name].averages(name):
+                    groups[_file_of(key)] = self.m.averages[key].state_dict()
             self.run.save(step, groups, facts)
         distributed.barrier()
 
@@ -268,8 +269,9 @@ class _Loop:
             raise InputError(f"there is no checkpoint of step {start} to resume from")
         facts, groups = found
         place = self.run.checkpoints()[-1]
-        kept = [*self.optimizers, *(f"{name}.ema" for name in self.m.averages if name in self.optimizers)]
-        for needed in [f"roles/{name}" for name in kept] + [f"optim/{name}" for name in self.optimizers]:
+        kept = {key: _file_of(key) for name in self.optimizers for key in self.m.roles[name].averages(name)}
+        files = [f"{group}/{name}" for name in self.optimizers for group in ("roles", "optim")]
+        for needed in [*files, *kept.values()]:
             if needed not in groups:
                 raise InputError(
                     f"{place} has no {needed}.safetensors: remove this checkpoint to resume from an older one"
@@ -278,9 +280,14 @@ class _Loop:
             network: nn.Module = self.m.networks[name]
             load_weights(network, groups[f"roles/{name}"], place)
             load_parameter_state(network, optimizer, groups[f"optim/{name}"])
-            if name in self.m.averages:
-                load_weights(self.m.averages[name], groups[f"roles/{name}.ema"], place)
+        for key, file in kept.items():
+            load_weights(self.m.averages[key], groups[file], place)
         self.updates = {k: int(v) for k, v in facts["updates"].items()}
         self.health = {k: self.health[k].new_tensor(v) for k, v in facts["health"].items()}
         self.sums = {k: list(torch.tensor(v, device=self.options.device)) for k, v in facts["sums"].items()}
         return float(facts["seconds"])
+
+
+def _file_of(average: str) -> str:
+    """Where a checkpoint holds an average: averages of a role itself are ``roles/<role>.ema``."""
+    return f"roles/{average}" if average.endswith(".target") else f"roles/{average}.ema"

@@ -34,7 +34,7 @@ class RoleMemory:
         weights: of its parameters and buffers; those it shares with a role before it count there.
         gradients: at their most, in the role's own update.
         optimizer: both moments of Adam.
-        ema: of the running average.
+        ema: of the running averages.
     """
 
     weights: int
@@ -193,7 +193,7 @@ def estimate(
     offload = options.offload
     with torch.random.fork_rng(devices=[]):
         networks = {name: role.start().eval() for name, role in roles.items()}
-    averages = {name: copy.deepcopy(networks[name]) for name, role in roles.items() if role.ema is not None}
+    averages = {key: copy.deepcopy(networks[name]) for name, role in roles.items() for key in role.averages(name)}
     memo: dict[int, Tensor] = {}
     for module in [*networks.values(), *averages.values()]:
         _fill(module, fake, memo)
@@ -227,9 +227,9 @@ def estimate(
     found, kept = {}, 0
     for name, network in networks.items():
         size = sum(p.numel() * p.element_size() for p in network.parameters())
-        optimizer, average = loop.optimizers.get(name), averages.get(name)
+        optimizer, own = loop.optimizers.get(name), [averages[key] for key in roles[name].averages(name)]
         moments = 0 if optimizer is None else _moments(optimizer)
-        ema = 0 if average is None else sum(t.numel() * t.element_size() for t in _visible(average))
+        ema = sum(t.numel() * t.element_size() for average in own for t in _visible(average))
         found[name] = RoleMemory(counted[name], 0 if optimizer is None else size, moments, ema)
         kept += (0 if name in away else counted[name]) + moments + ema
     activations = live.peak - kept - live.gradients_at_peak
@@ -317,6 +317,7 @@ def _parts(data: Data, options: FitOptions, fake: FakeTensorMode) -> list[tuple[
 
     made = []
     for part in range(options.micro):
-        batch = Batch(None if one.x is None else many(one.x), {k: many(v) for k, v in one.cond.items()})
+        x, noise = (None if t is None else many(t) for t in (one.x, one.noise))
+        batch = Batch(x, {k: many(v) for k, v in one.cond.items()}, noise)
         made.append((batch, torch.arange(part * count, (part + 1) * count)))
     return made

@@ -77,8 +77,8 @@ class Ema:
         if self.power is not None and not 0 < self.power < 0.28:
             raise InputError(f"the relative width of a power average must be in (0, 0.28), got {self.power}")
 
-    def decay(self, step: int) -> float:
-        """The weight of the old average at ``step`` (0, 1, ...)."""
+    def decay(self, step: int, progress: float = 0.0) -> float:
+        """The weight of the old average at ``step`` (0, 1, ...) when the share ``progress`` of the budget is spent."""
         if self.rate is not None:
             # The usual ramp: a young average must not remember its random start.
             return min(self.rate, (1 + step) / (10 + step))
@@ -103,13 +103,20 @@ class Role:
         start: makes the network, once, when training starts or resumes.
         optim: how it is trained; None keeps it frozen.
         ema: the average that is kept of it.
+        target: another average, that the method's targets are made with.
         ships: whether it is (through its average, if it has one) what training is for.
     """
 
     start: Callable[[], nn.Module]
     optim: Optim | None = None
     ema: Ema | None = None
+    target: Ema | None = None
     ships: bool = False
+
+    def averages(self, name: str) -> dict[str, Ema]:
+        """What is averaged of the role ``name``, by the name that the average has in a run."""
+        kept = {name: self.ema, f"{name}.target": self.target}
+        return {key: average for key, average in kept.items() if average is not None}
 
 
 class Update(NamedTuple):
@@ -125,7 +132,10 @@ class Update(NamedTuple):
 
 
 class Models:
-    """The live networks of a run: ``m.student``, ``m.fake``; ``m.ema("student")`` is an average."""
+    """The live networks of a run: ``m.student``, ``m.fake``; ``m.ema("student")`` is an average.
+
+    ``m.progress`` in [0, 1] is the share of the budget that is spent, which curricula follow.
+    """
 
     def __init__(
         self, roles: Mapping[str, Role], networks: Mapping[str, nn.Module], averages: Mapping[str, nn.Module]
@@ -133,6 +143,7 @@ class Models:
         self.roles = dict(roles)
         self.networks = dict(networks)
         self.averages = dict(averages)
+        self.progress = 0.0
 
     def __getattr__(self, name: str) -> Any:
         networks = self.__dict__.get("networks", {})
@@ -144,12 +155,17 @@ class Models:
         """The average of a role, or the role itself if it keeps none."""
         return self.averages.get(role, self.networks[role])
 
+    def target(self, role: str) -> Any:
+        """The average that targets are made with, or the role itself if it keeps none."""
+        return self.averages.get(f"{role}.target", self.networks[role])
+
 
 class Method(Protocol):
     """A frozen dataclass of hyper-parameters with one generator; one yield is one optimizer step.
 
     ``step`` runs with every role frozen; only inside an Update's ``loss`` is a role open. A yield must not stand inside
-    a grad-mode or autocast context.
+    a grad-mode or autocast context. Two things are optional: ``run(teacher, data, out=, budget=, **options)`` is a
+    whole distillation of several stages, and ``ships(network)`` the denoiser that a trained network is shipped as.
     """
 
     needs_data: ClassVar[bool]

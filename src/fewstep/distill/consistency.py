@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.denoiser import Denoiser, Wrapper, module_of
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
@@ -23,7 +23,9 @@ from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
 from fewstep.loss.huber import pseudo_huber
 from fewstep.models.consistency import anchored
+from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.consistency import consistency
+from fewstep.solve.step import ode_step
 
 Distance = Literal["l2", "l1", "huber"]
 Target = Literal["self", "ema"]
@@ -107,10 +109,7 @@ class Consistency:
         Raises:
             InputError: see :meth:`ends` and :func:`fewstep.models.consistency.anchored`.
         """
-        made = module_of(teacher.denoiser)
-        if made is None:
-            made = teacher.network
-        form = anchored(made, self.ends(teacher.denoiser)[0])
+        form = anchored(network_under(teacher.denoiser), self.ends(teacher.denoiser)[0])
         return Role(lambda: copy.deepcopy(form), self.optim, self.ema, ships=True)
 
     def compare(self, m: Models, x_a: Tensor, a: Tensor, x_b: Tensor, b: Tensor, cond: Cond, weight: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ class CD(Consistency):
         Raises:
             InputError: see :meth:`Consistency.student`.
         """
-        made = teacher_module(teacher)
+        made = frozen(teacher.denoiser)
         return {"teacher": Role(lambda: made), "student": self.student(teacher)}
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
@@ -191,18 +190,6 @@ class CD(Consistency):
         yield Update("student", lambda: self.compare(m, x_a, a, x_b, b, cond, torch.ones_like(a)))
 
 
-def ode_step(D: Denoiser, x: Tensor, a: Tensor, b: Tensor, cond: Cond | None = None, *, order: int = 2) -> Tensor:
-    """One step of the probability-flow ODE from levels ``a`` to ``b`` (both (B,), positive) at ``x`` (B, ...).
-
-    ``order`` 2 is Heun's method in sigma, 1 is Euler's (arXiv 2206.00364, algorithm 1).
-    """
-    move, slope = widen(b - a, x), (x - D(x, a, cond)) / widen(a, x)
-    ahead = x + move * slope
-    if order == 1:
-        return ahead
-    return x + move * (slope + (ahead - D(ahead, b, cond)) / widen(b, x)) / 2
-
-
 def distance(name: Distance, x: Tensor, y: Tensor) -> Tensor:
     """(B,): the mean square, the mean absolute value, or :func:`fewstep.loss.huber.pseudo_huber`, of ``x - y``."""
     if name == "huber":
@@ -215,28 +202,3 @@ def distance(name: Distance, x: Tensor, y: Tensor) -> Tensor:
 def falling_levels(steps: int, low: float, top: float, rho: float) -> Tensor:
     """Karras' grid (steps + 1,) from ``top`` to ``low``, made once."""
     return karras(steps, low, top, rho=rho, to_zero=False)
-
-
-def teacher_module(teacher: Generator) -> nn.Module:
-    """The denoiser as a frozen role, with the wrappers around it.
-
-    Raises:
-        InputError: there is no network under it.
-    """
-    D = teacher.denoiser
-    inner = module_of(D)
-    return _Wrapped(D, inner) if isinstance(D, Wrapper) and inner is not None else teacher.network
-
-
-class _Wrapped(nn.Module):
-    """A wrapped denoiser as a module, whose weights are those of the network under it."""
-
-    def __init__(self, wrapper: Wrapper, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.wrapper = wrapper
-        self.shape, self.sigma_min, self.sigma_max = wrapper.shape, wrapper.sigma_min, wrapper.sigma_max
-        self.sigma_data = wrapper.sigma_data
-
-    def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        return cast(Tensor, self.wrapper(x, sigma, cond))

@@ -120,7 +120,7 @@ class Rising(Ema):
 
     method: CT | None = None
 
-    def decay(self, step: int) -> float:
+    def decay(self, step: int, progress: float = 0.0) -> float:
         """See :meth:`fewstep.core.role.Ema.decay`."""
         assert self.method is not None and self.rate is not None
         return math.exp(self.method.first * math.log(self.rate) / (self.method.count(step) - 1))

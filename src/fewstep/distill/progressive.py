@@ -11,11 +11,11 @@ from pathlib import Path as Folder
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core import distributed
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.denoiser import Denoiser, Precond, Wrapper, module_of
+from fewstep.core.denoiser import Denoiser, Wrapper
 from fewstep.core.fit import Data
 from fewstep.core.generator import CONFIG, WEIGHTS, Generator, check_device
 from fewstep.core.noise import Noise
@@ -27,6 +27,7 @@ from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid.base import check_falling
 from fewstep.grid.coordinate import Coordinate, coordinate_maps
+from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.euler import euler
 from fewstep.train.run import options_of, train
 
@@ -103,8 +104,7 @@ class Progressive:
         """
         D = teacher.denoiser
         self.levels(D, self.start_steps)
-        made = _network_under(D)
-        whole = _Whole(D) if isinstance(D, Wrapper) else made
+        made, whole = network_under(D), frozen(D)
         return {
             "teacher": Role(lambda: whole),
             "student": Role(lambda: copy.deepcopy(made), self.optim, ships=True),
@@ -350,41 +350,7 @@ def _recipe(teacher: Generator, data: Data, settings: Progressive, options: FitO
 
 def _finished(teacher: Generator, stage: Progressive, place: Folder, device: str) -> Generator:
     """The student that a stage left."""
-    student = copy.deepcopy(_network_under(teacher.denoiser)).to(device).requires_grad_(False).eval()
+    student = copy.deepcopy(network_under(teacher.denoiser)).to(device).requires_grad_(False).eval()
     load_weights(student, load_tensors(place / WEIGHTS), place / WEIGHTS)
     card = read_json(place / CONFIG).get("card", {})
     return replace(teacher, denoiser=student, sampler=stage.sampler(teacher), card=card)
-
-
-def _network_under(D: Denoiser) -> Precond:
-    """What is copied to be the student."""
-    found = module_of(D)
-    if not isinstance(found, Precond):
-        raise InputError(f"{type(found or D).__name__} has no weights to train: expected a Precond, guided or not")
-    return found
-
-
-class _Whole(nn.Module):
-    """A wrapped denoiser, such as a guided one, as a module that a run can hold frozen."""
-
-    def __init__(self, denoiser: Wrapper) -> None:
-        super().__init__()
-        self.network = _network_under(denoiser)
-        self.denoiser = denoiser
-        self.shape, self.sigma_data = denoiser.shape, denoiser.sigma_data
-        self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
-        self.path, self.predicts = self.network.path, self.network.predicts
-
-    def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """See :class:`fewstep.core.denoiser.Denoiser`."""
-        if module_of(self.denoiser) is not self.network:
-            # Offloading puts another network here.
-            self.denoiser = _around(self.denoiser, self.network)
-        return self.denoiser(x, sigma, cond)
-
-
-def _around(D: Wrapper, network: Precond) -> Wrapper:
-    """The same wrappers around another network."""
-    made = copy.copy(D)
-    made.denoiser = _around(D.denoiser, network) if isinstance(D.denoiser, Wrapper) else network
-    return made

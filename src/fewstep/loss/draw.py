@@ -60,3 +60,30 @@ class KarrasUniform:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigma = (low + u * (high - low)) ** self.rho
         return sigma, sigma.new_ones(len(sigma))
+
+
+@dataclass(frozen=True)
+class FlowTime:
+    """``t = sigma / (1 + sigma)``, uniform in [0, 1) or logit-normal, with the weight of the velocity's square error.
+
+    An error ``e`` of x0 is an error ``e / t`` of the velocity ``n - x0`` (arXiv 2209.03003), so the weight is
+    ``t^-2``. ``mean`` and ``std`` are those of ``ln sigma = logit t`` (arXiv 2403.03206, eq. 19); None is uniform.
+    ``least`` <= t <= 1 - ``least``.
+    """
+
+    mean: float | None = None
+    std: float = 1.0
+    least: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not self.std > 0 or not 0 < self.least < 0.5:
+            raise InputError(f"a draw of flow times needs std > 0 and 0 < least < 0.5, got {self}")
+
+    def __call__(self, noise: Noise, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """See :class:`Draw`."""
+        if self.mean is None:
+            t = noise.uniform((), "sigma")
+        else:
+            t = (noise.normal((), "sigma") * self.std + self.mean).sigmoid()
+        t = t.clamp(self.least, 1 - self.least)
+        return t / (1 - t), t**-2

@@ -2,7 +2,9 @@
 
 from fewstep.models.adm import ADM, ADMConfig
 from fewstep.models.diffusers import DiffusersConfig, DiffusersNet
+from fewstep.models.discriminator import Discriminator, DiscriminatorConfig
 from fewstep.models.edm2 import EDM2Config, EDM2UNet
+from fewstep.models.extended import Extended, ExtendedConfig
 from fewstep.models.guided import GuidedUNet, GuidedUNetConfig
 from fewstep.models.k_unet import KUNet, KUNetConfig
 from fewstep.models.mlp import ResMLP, ResMLPConfig
@@ -14,8 +16,12 @@ __all__ = [
     "ADMConfig",
     "DiffusersConfig",
     "DiffusersNet",
+    "Discriminator",
+    "DiscriminatorConfig",
     "EDM2Config",
     "EDM2UNet",
+    "Extended",
+    "ExtendedConfig",
     "GuidedUNet",
     "GuidedUNetConfig",
     "KUNet",

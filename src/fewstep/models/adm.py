@@ -259,6 +259,7 @@ class ADM(nn.Module):
         self.augment = nn.Linear(config.augment, config.channels, bias=False) if config.augment else None
         self.layer1 = nn.Linear(config.channels, width)
         self.layer2 = nn.Linear(width, width)
+        self.embeds = {"layer2": width}
         self.label = nn.Linear(config.classes, width, bias=False) if config.classes else None
         if self.label is not None:
             # One row of it is used at a time, so that its scale does not depend on the number of classes.

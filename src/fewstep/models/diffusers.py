@@ -92,6 +92,7 @@ class DiffusersNet(nn.Module):
             if type(module).__name__ == "LabelEmbedding":
                 module.dropout_prob = 0.0
         self.taps = {name: f"model.{place}" for name, place in self.family.taps(model).items()}
+        self.embeds = {f"model.{place}": width for place, width in _embeds(model).items()}
         self.streams = nn.ModuleDict()
         if _is_joint(config.class_name):
             self._add_streams()
@@ -327,6 +328,28 @@ def _flux_taps(model: Any) -> dict[str, str]:
 
 def _is_joint(class_name: str) -> bool:
     return class_name in ("SD3Transformer2DModel", "FluxTransformer2DModel")
+
+
+def _embeds(model: Any) -> dict[str, int]:
+    """Where the time's embedding is made, and its width; a DiT makes one in every block."""
+    for place in ("time_embedding", "time_text_embed", "adaln_single.emb", "time_embed.emb"):
+        module = model
+        for part in place.split("."):
+            module = getattr(module, part, None)
+        if module is not None:
+            return {place: _width(module)}
+    blocks = getattr(model, "transformer_blocks", ())
+    places = {f"transformer_blocks.{k}.norm1.emb": getattr(block.norm1, "emb", None) for k, block in enumerate(blocks)}
+    return {place: _width(module) for place, module in places.items() if module is not None}
+
+
+def _width(embedding: nn.Module) -> int:
+    """What the embedder of the time alone returns: others beside it are added to that, or make up parts of it."""
+    embedder = getattr(embedding, "timestep_embedder", embedding)
+    last: Any = getattr(embedder, "linear_2", None)
+    if last is None:
+        raise InputError(f"{type(embedding).__name__} is an unknown embedding of the time")
+    return int(last.out_features)
 
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -208,6 +208,7 @@ class EDM2UNet(nn.Module):
         first = config.channels * (config.multipliers[0] if config.noise_width is None else config.noise_width)
         self.noise = MPWaves(first)
         self.layer = MPLayer(first, config.told)
+        self.embeds = {"layer": config.told}
         self.label = MPLayer(config.classes, config.told) if config.classes else None
         self.taps: dict[str, str] = {}
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()

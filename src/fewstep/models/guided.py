@@ -218,6 +218,7 @@ class GuidedUNet(nn.Module):
         self.config = config
         width, first = 4 * config.channels, config.widths[0]
         self.time_embed = nn.Sequential(nn.Linear(config.channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.embeds = {"time_embed": width}
         self.label_emb = nn.Embedding(config.classes, width) if config.classes else None
         self.taps = {"bottleneck": "middle_block"}
         sizes = self._encoder()

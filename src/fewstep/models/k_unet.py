@@ -205,6 +205,7 @@ class KUNet(nn.Module):
             self.mapping_cond = nn.Linear(config.mapping_cond, config.features, bias=False)
         width = config.features
         self.mapping = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.embeds = {"mapping": width}
         self.proj_in = nn.Conv2d(folded, config.channels[0], 1)
         self.proj_out = nn.Conv2d(config.channels[0], folded + int(config.variance), 1)
         nn.init.zeros_(self.proj_out.weight)

@@ -61,6 +61,7 @@ class ResMLP(nn.Module):
         self.config = config
         pixels = math.prod(config.shape)
         self.embed = Embedding(config.embedding, config.classes)
+        self.embeds = {"embed": config.embedding}
         self.enter = nn.Linear(pixels, config.width)
         self.blocks = nn.ModuleList(
             _Block(config.width, config.embedding, config.dropout) for _ in range(config.blocks)

@@ -127,6 +127,7 @@ class SongUNet(nn.Module):
         self.augment = nn.Linear(config.augment, self.noise_width, bias=False) if config.augment else None
         self.layer1 = nn.Linear(self.noise_width, width)
         self.layer2 = nn.Linear(width, width)
+        self.embeds = {"layer2": width}
         self.taps: dict[str, str] = {}
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         self._build_decoder(self._build_encoder())

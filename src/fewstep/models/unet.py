@@ -130,6 +130,7 @@ class UNet(nn.Module):
         self.config = config
         width = 4 * config.channels
         self.embed = Embedding(width, config.classes)
+        self.embeds = {"embed": width}
         self.enter = nn.Conv2d(config.shape[0], config.channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         self.taps = {"bottleneck": "middle.1"}

@@ -14,7 +14,7 @@ import torch
 
 from fewstep.core import distributed
 from fewstep.core.cond import Classes
-from fewstep.core.denoiser import Precond, Wrapper, edm
+from fewstep.core.denoiser import Denoiser, Precond, Wrapper, edm, module_of, rewrapped
 from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
@@ -165,9 +165,9 @@ def _finish(shipped: Generator, card: dict[str, Any], out: Path | None) -> Gener
     """What the run is for, as files: the generator, merged where it was trained with LoRA, and that LoRA beside it."""
     from fewstep.export.lora import save_lora
 
-    view = shipped.denoiser
+    view = module_of(shipped.denoiser)
     if isinstance(view, Adapted):
-        shipped = replace(shipped, denoiser=merge(view))
+        shipped = replace(shipped, denoiser=rewrapped(shipped.denoiser, merge(view)))
         card["lora"] = {**card["lora"], "file": "lora", "layers": len(view.targets)}
     shipped.card = card
     if out is not None:
@@ -179,7 +179,9 @@ def _finish(shipped: Generator, card: dict[str, Any], out: Path | None) -> Gener
 
 def _shipped(method: Method, models: Models, start: Generator) -> Generator:
     name = next(n for n, role in models.roles.items() if role.ships)
-    return Generator(models.ema(name), method.sampler(start), start.codec, start.conds, pipeline=start.pipeline)
+    ships: Callable[[Any], Denoiser] = getattr(method, "ships", lambda network: network)
+    made = ships(models.ema(name))
+    return Generator(made, method.sampler(start), start.codec, start.conds, pipeline=start.pipeline)
 
 
 def _entry(report: Report) -> dict[str, Any]:
