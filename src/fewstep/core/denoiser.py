@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -156,20 +157,47 @@ class Precond(nn.Module):
         Raises:
             InputError: a tap that the network does not declare.
         """
+        with self._tapped(taps) as found:
+            return self(x, sigma, cond), found
+
+    def activations(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The activations at the declared ``taps``; the forward pass ends where the last of them is reached.
+
+        Raises:
+            InputError: a tap that the network does not declare.
+        """
+        with self._tapped(taps, stop=True) as found, contextlib.suppress(_Reached):
+            self(x, sigma, cond)
+        return found
+
+    @contextlib.contextmanager
+    def _tapped(self, taps: Sequence[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Hooks that fill the mapping as the network runs; with ``stop`` it is left when all are there."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda module, args, out: found.__setitem__(name, out)
+            def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+                found[name] = out
+                if stop and len(found) == len(set(taps)):
+                    raise _Reached
+
+            return hook
 
         for name in taps:
             if name not in self.taps:
                 raise unknown("feature tap", name, self.taps)
         hooks = [self.net.get_submodule(self.taps[t]).register_forward_hook(keep(t)) for t in taps]
         try:
-            return self(x, sigma, cond), found
+            yield found
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class _Reached(Exception):
+    """Ends a forward pass of which nothing more is needed."""
 
 
 def edm(net: nn.Module, shape: Sequence[int], *, sigma_data: float = 0.5, **options: Any) -> Precond:

@@ -43,20 +43,21 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class KarrasUniform:
-    """Uniform in Karras' coordinate ``sigma^(1/rho)``, over the share [0, ``top``] of it that is nearest the data."""
+    """Uniform in Karras' coordinate ``sigma^(1/rho)``, over the share [``bottom``, ``top``], where 0 is the data."""
 
     top: float = 0.8
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    bottom: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.top <= 1 or not 0 < self.sigma_min < self.sigma_max:
-            raise InputError(f"a Karras draw needs 0 < top <= 1 and 0 < sigma_min < sigma_max, got {self}")
+        if not 0 <= self.bottom < self.top <= 1 or not 0 < self.sigma_min < self.sigma_max:
+            raise InputError(f"a Karras draw needs 0 <= bottom < top <= 1 and 0 < sigma_min < sigma_max, got {self}")
 
     def __call__(self, noise: Noise, sigma_data: float) -> tuple[Tensor, Tensor]:
         """See :class:`Draw`; the weight is 1."""
-        u = noise.uniform((), "sigma") * self.top
+        u = self.bottom + noise.uniform((), "sigma") * (self.top - self.bottom)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigma = (low + u * (high - low)) ** self.rho
         return sigma, sigma.new_ones(len(sigma))
