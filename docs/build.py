@@ -1,7 +1,8 @@
 """Writes the pages of docs/ that are made from code and results: ``make docs``.
 
-methods.md comes from the methods' own docstrings and defaults, results.md from benchmarks/results/*.json, and the lower
-part of sampling.md (its plots too) from those of sampling.
+methods.md comes from the methods' own docstrings and defaults, results.md from benchmarks/results/*.json, the lower
+part of sampling.md (its plots too) from those of sampling, and methods-measured.md, with its plots, from those of
+benchmarks/methods.py and benchmarks/steps.py.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import sampling
+import torch
 
 from fewstep.cli.methods import card
 from fewstep.distill import METHODS
+from fewstep.report.plots import inked, quality_figure
+from fewstep.report.results import Results, Row
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -134,6 +138,91 @@ def measured(method: type) -> str:
     )
 
 
+def methods_measured(place: Path = RESULTS, docs: Path = DOCS) -> None:
+    """The page docs/methods-measured.md: every task of benchmarks/methods.py, and the costs of steps."""
+    parts = [
+        "# Methods, measured\n\nWritten by `make docs` from `benchmarks/results/`; each section names its command.\n"
+    ]
+    for path in sorted(place.glob("methods-*.json")):
+        parts.append(task_page(path.stem.removeprefix("methods-"), json.loads(path.read_text()), docs))
+    steps = place / "steps.json"
+    parts += [steps_page(json.loads(steps.read_text()))] if steps.is_file() else []
+    if len(parts) > 1:
+        (docs / "methods-measured.md").write_text("\n".join(parts))
+
+
+def task_page(name: str, body: dict[str, Any], docs: Path) -> str:
+    """One teacher: a plot of the defaults, all rows, and the claims."""
+    rows = [r for r in body["rows"] if "refused" not in r]
+    metrics = [k for k, v in rows[0].items() if isinstance(v, list) and k != "seeds"]
+    first, count = metrics[0], body["settings"]["samples"]
+    groups: dict[str, Any] = {"teacher": "teacher", "calibrated": "calibrated"}
+    plotted = [
+        Row(r["name"], groups.get(r["name"], "student"), r["nfe"], {f"{first}@{count}": statistics.mean(r[first])},
+            None, 0.0, count, "", torch.empty(0))
+        for r in rows
+        if r.get("method", r["name"]) == r["name"]
+    ]  # fmt: skip
+    figure = quality_figure(Results(name, [], name, plotted))
+    if figure is not None:
+        (docs / "img").mkdir(exist_ok=True)
+        with inked():
+            figure.savefig(docs / "img" / f"methods-{name}.svg", metadata={"Date": None})
+    cells = [
+        [
+            r["name"],
+            str(r["nfe"]),
+            *(spread(r.get(m)) for m in metrics),
+            *(str(r.get(k, "")) for k in ("images", "cpu_seconds")),
+        ]
+        for r in sorted(rows, key=lambda r: (r["nfe"] > 20, r["nfe"], statistics.mean(r[first])))
+    ]
+    flags = body["settings"]
+    text = (
+        f"## {name}\n\nOne teacher of {body['parameters'] / 1e6:.2g} M parameters, {count} pictures per row, mean of "
+        f"the picture seeds {flags['seeds']} (half their range after +-), one training seed. Machine: "
+        f"{body['machine']}. Command: `python benchmarks/methods.py --task {body['task']}`.\n\n"
+        f"![{first} against evaluations](img/methods-{name}.svg)\n\n"
+        + table(["sampler", "NFE", *metrics, "images", "CPU s"], cells)
+    )
+    claims = [claim_row(key, claim, rows, first) for key, claim in body["claims"].items()]
+    if claims:
+        head = ["claim", "what is compared", f"{first} with, by NFE", f"{first} without", "better with at"]
+        text += "\nOne part of a method, with and without it:\n\n" + table(head, claims)
+    refused = [f"- {r['name']}: {r['refused']}" for r in body["rows"] if "refused" in r]
+    return text + ("\nNot for this teacher:\n\n" + "\n".join(refused) + "\n" if refused else "")
+
+
+def claim_row(key: str, claim: dict[str, str], rows: list[dict[str, Any]], metric: str) -> list[str]:
+    """Both variants of a claim at each number of evaluations."""
+    sides = [{r["nfe"]: statistics.mean(r[metric]) for r in rows if r["name"] == claim[s]} for s in ("with", "without")]
+    shared = sorted(sides[0].keys() & sides[1].keys())
+    shown = [" / ".join(f"{side[n]:.3f}" for n in shared) for side in sides]
+    better = [str(n) for n in shared if sides[0][n] < sides[1][n]]
+    return [key, claim["compared"], *shown, f"{', '.join(better) or 'none'} of {', '.join(map(str, shared))}"]
+
+
+def steps_page(body: dict[str, Any]) -> str:
+    """What steps cost beside their network passes."""
+    rows = [
+        [
+            r["method"], r["size"], ", ".join(f"{n} {kind}" for kind, n in r["calls"].items()), f"{r['step_ms']:.1f}",
+            f"{r['passes_ms']:.1f}", f"{r['ratio']:.2f}",
+            f"{r['peak_bytes'] / r['allowed_bytes']:.2f}" if r["peak_bytes"] else "",
+        ]
+        for r in body["rows"]
+        if "refused" not in r
+    ]  # fmt: skip
+    head = ["method", "size", "passes", "step, ms", "bare passes, ms", "ratio", "peak / allowed memory"]
+    return (
+        "## What a step costs\n\nFrom data in memory until the averages are done, beside the recorded network passes "
+        "alone: CPU milliseconds, medians of turns in one process. Memory: the estimated peak over 1.15 times weights, "
+        "optimizer states, gradients, averages and the activations of one pass. "
+        f"Machine: {body['machine']}, other programs beside. Command: `python benchmarks/steps.py`.\n\n"
+        + table(head, rows)
+    )
+
+
 def main() -> None:
     """Writes the pages."""
     head = "# Methods\n\nWritten by `make docs` from the code and `benchmarks/results/`.\n\n"
@@ -147,6 +236,7 @@ def main() -> None:
         parts += [] if page is None else [page(body)]
     (DOCS / "results.md").write_text("\n".join(parts))
     sampling.main()
+    methods_measured()
 
 
 if __name__ == "__main__":

@@ -23,24 +23,29 @@ from fewstep.core.noise import Noise
 from fewstep.core.path import DDPM, FLOW, VP
 from fewstep.core.path import Path as NoisePath
 from fewstep.core.role import Ema, Models, Optim, Role, Update
-from fewstep.distill.consistency import CD, Consistency, distance, falling_levels, ode_step
+from fewstep.data import Images
+from fewstep.distill import distill
+from fewstep.distill.consistency import CD, Consistency, falling_levels, ode_step
 from fewstep.distill.consistency_training import CT, ECT, Rising, chances
 from fewstep.errors import InputError
 from fewstep.grid.karras import karras
 from fewstep.guide import CFG
 from fewstep.loss.huber import pseudo_huber
+from fewstep.loss.perceptual import PIXELS
 from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.consistency import ConsistencyPrecond, JumpPrecond, anchored
 from fewstep.models.lora import LoRA
 from fewstep.solve.euler import euler
+from fewstep.train import untrained
 from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
 
 LOW, TOP, S = 0.002, 80.0, 0.6
 METHODS: dict[str, Consistency] = {
-    "CD": CD(optim=STEADY, target="ema", ema=Ema(rate=0.9)),
-    "CT": CT(optim=STEADY, iterations=6, last=40),
-    "CT original": CT.original(optim=STEADY, iterations=6),
-    "ECT": ECT(optim=STEADY, iterations=6),
+    "CD": CD.original(optim=STEADY, target_ema=Ema(rate=0.9)),
+    "CD weighted": CD(optim=STEADY),
+    "CT": CT(optim=STEADY, last=40),
+    "CT original": CT.original(optim=STEADY),
+    "ECT": ECT(optim=STEADY),
 }
 
 
@@ -197,7 +202,8 @@ def test_pseudo_huber_is_the_norm_far_out_and_a_square_close_by() -> None:
 
 def test_the_other_distances_are_means_over_pixels() -> None:
     x, y = torch.tensor([[1.0, -3.0]]), torch.zeros(1, 2)
-    assert float(distance("l2", x, y)) == 5 and float(distance("l1", x, y)) == 2
+    assert float(PIXELS["l2"](x, y)) == 5 and float(PIXELS["l1"](x, y)) == 2
+    assert PIXELS["huber"] is pseudo_huber
 
 
 # ---- distillation
@@ -219,11 +225,11 @@ def test_the_exact_consistency_function_has_next_to_no_loss_and_less_on_finer_gr
     x0 = problem.draw(512)
     for levels in (18, 36, 72):
         m = models_of(teacher=Exact(problem), student=Flow(problem))
-        losses.append(float(first(CD(levels=levels, distance="l2"), m, x0).loss().detach()))
+        losses.append(float(first(CD(levels=levels, distance="l2", weighted=False), m, x0).loss().detach()))
     # The step's error is of third order, the loss its square.
     assert losses[0] < 2e-3 and losses[1] < losses[0] / 20 and losses[2] < losses[1] / 30, losses
     wrong = models_of(teacher=Exact(problem), student=Flow(gaussian(0.2, 2 * S)))
-    assert float(first(CD(levels=72, distance="l2"), wrong, x0).loss().detach()) > 1e3 * losses[2]
+    assert float(first(CD(levels=72, distance="l2", weighted=False), wrong, x0).loss().detach()) > 1e3 * losses[2]
 
 
 def test_the_exact_flow_of_a_mixture_is_a_fixed_point_too() -> None:
@@ -277,19 +283,25 @@ def test_on_fine_grids_the_gradients_of_distillation_and_training_are_the_contin
 @pytest.mark.parametrize("make", [CD, CT, ECT])
 def test_the_target_has_no_gradient_and_comes_from_the_weights_that_are_asked_for(make: Any, target: str) -> None:
     m = models_of(teacher=Exact(gaussian()), student=Line(-0.2))
-    m.averages["student"] = average = copy.deepcopy(m.student)
+    # As a run builds them: the target's average is there only if it is asked for; the shipped one never is a target.
+    if target == "ema":
+        m.averages["student.target"] = copy.deepcopy(m.student)
+    m.averages["student"] = copy.deepcopy(m.student)
+    m.averages["student"].theta.data += 7.0
+    average = m.target("student")
     average.theta.data += 0.1
     update = first(make(target=target, distance="l2"), m, gaussian().draw(64))
     m.student.requires_grad_(True)
     average.requires_grad_(True)
     update.loss().backward()
-    assert update.role == "student" and average.theta.grad is None
+    assert update.role == "student" and (average is m.student or average.theta.grad is None)
+    assert not m.averages["student"].seen
     source = average if target == "ema" else m.student
     assert not source.seen[0][2] and m.student.seen[-1][2], "the target first, without a gradient"
     (x_b, b, _), (x_a, a, _) = source.seen[0], m.student.seen[-1]
     aim = source(x_b, b).detach()
-    weight = torch.ones(64) if make is CD else 1 / (a - b)
-    want = (weight * distance("l2", m.student(x_a, a), aim)).mean()
+    weight = 1 / (a - b)
+    want = (weight * PIXELS["l2"](m.student(x_a, a), aim)).mean()
     (by_hand,) = torch.autograd.grad(want, [m.student.theta])
     assert float(m.student.theta.grad) == pytest.approx(float(by_hand), rel=1e-9)
     assert bool((b < a).all()) and float(b.min()) >= LOW - 1e-12 and float(a.max()) <= TOP
@@ -343,16 +355,35 @@ def test_guidance_around_the_teacher_is_folded_in() -> None:
 
 
 def test_the_published_curricula() -> None:
-    method = CT(iterations=800)
-    assert [method.count(100 * k) for k in range(9)] == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
-    assert method.count(99) == 11 and method.count(10**6) == 1281
-    old = CT.original(iterations=1000)
-    assert old.count(0) == 2 and old.count(1000) == 151 and old.count(250) == math.ceil(math.sqrt(5699.25 + 3) - 1) + 1
-    average = old.roles(tiny())["student"].ema
+    method = CT()
+    assert [method.count(k / 8) for k in range(9)] == [11, 21, 41, 81, 161, 321, 641, 1281, 1281]
+    assert method.count(0.124) == 11
+    old = CT.original()
+    assert old.count(0) == 2 and old.count(1) == 151 and old.count(0.25) == math.ceil(math.sqrt(5699.25 + 3) - 1) + 1
+    average = old.roles(tiny())["student"].target
     assert isinstance(average, Rising)
-    assert average.decay(0) == pytest.approx(0.81) and average.decay(1000) == pytest.approx(0.9 ** (2 / 150))
-    assert CT.original(mu=0.95, last=200).roles(tiny())["student"].ema.decay(0) == pytest.approx(0.9025)
-    assert CT.original(steps=3).steps == 3
+    assert average.decay(0, 0.0) == pytest.approx(0.81) and average.decay(7, 1.0) == pytest.approx(0.9 ** (2 / 150))
+    other = CT.original(mu=0.95, last=200).roles(tiny())["student"].target
+    assert other is not None and other.decay(0) == pytest.approx(0.9025)
+    assert CT.original(steps=3).steps == 3 and CT().roles(tiny())["student"].target is None
+
+
+def test_curricula_follow_the_share_of_the_budget() -> None:
+    """Of any unit: the same loop with a budget of pictures or of steps sees the same grids."""
+    seen: dict[float, list[int]] = {}
+    for progress in (0.0, 0.3, 1.0):
+        m = models_of(student=Line(-0.2))
+        m.progress = progress
+        first(CT(), m, gaussian().draw(400), i=10**6).loss()
+        levels = m.student.seen[1][1]
+        grid = falling_levels(CT().count(progress) - 1, LOW, TOP, 7.0)
+        assert bool(torch.isin(levels, grid).all())
+        first(ECT(), m, gaussian().draw(64), i=10**6).loss()
+        (_, r, _), (_, t, _) = m.student.seen[2:]
+        assert torch.equal(r, ECT().partner(t, progress, LOW))
+        seen[progress] = [len(levels.unique())]
+    assert seen[0.0] < seen[0.3] < seen[1.0]
+    assert all(method.any_steps for method in METHODS.values())
 
 
 def test_levels_are_drawn_with_the_published_chances() -> None:
@@ -365,7 +396,7 @@ def test_levels_are_drawn_with_the_published_chances() -> None:
         assert float((p - want / want.sum()).abs().max()) < 1e-12 and float(p.sum()) == pytest.approx(1, abs=1e-12)
         assert float(p.min()) > 0
     m = models_of(student=Line(-0.2))
-    first(CT(iterations=100), m, gaussian().draw(20000)).loss()
+    first(CT(), m, gaussian().draw(20000)).loss()
     (_, b, _), (_, a, _) = m.student.seen
     grid = falling_levels(10, low, top, 7.0)
     share = (a[:, None] == grid[:-1]).double().mean(0)
@@ -386,9 +417,9 @@ def test_both_points_of_training_share_picture_and_noise() -> None:
 
 
 def test_the_partners_of_tuning_close_in() -> None:
-    method = ECT(iterations=80)
+    method = ECT()
     t = torch.tensor([LOW * 1.01, 0.1, 1.0, 10.0, 79.0], dtype=torch.float64)
-    gaps = torch.stack([t - method.partner(t, i, LOW) for i in range(0, 90, 10)])
+    gaps = torch.stack([t - method.partner(t, i / 8, LOW) for i in range(9)])
     assert bool((gaps > 0).all()) and bool((gaps[1:] <= gaps[:-1]).all()) and bool((gaps[7] < gaps[0])[1:].all())
     assert torch.equal(gaps[7], gaps[8]), "the last stage stays"
     # 1 + 8 sigmoid(-t) is 1.0 to five digits at t = 79 and 5 at t = 0.
@@ -489,13 +520,12 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: CD(steps=0), "CD needs steps >= 1 and rho > 0, got steps=0"),
     (lambda: CT(rho=0), "CT needs steps >= 1 and rho > 0"),
     (lambda: CD(steps=3, middle=(1.0,)), "has 2 levels in the middle"),
-    (lambda: CD(distance="lpips"), "unknown distance 'lpips'"),  # type: ignore[arg-type]
+    (lambda: CD(distance="ssim"), "unknown distance 'ssim'"),  # type: ignore[arg-type]
     (lambda: CD(target="teacher"), "unknown target 'teacher'"),  # type: ignore[arg-type]
     (lambda: CD(levels=1), "at least 2 levels, got 1"),
     (lambda: CD(solver="rk4"), "unknown solver 'rk4'"),  # type: ignore[arg-type]
     (lambda: CT(curriculum="halving"), "unknown curriculum 'halving'"),  # type: ignore[arg-type]
-    (lambda: CT(first=20, last=10), "1 <= first <= last"),
-    (lambda: CT(iterations=0), "iterations >= 1"),
+    (lambda: CT(first=20, last=10), "1 <= first <= last, got 20 and 10"),
     (lambda: CT(std=0), "CT needs std > 0"),
     (lambda: CT(mu=0.9), "with target 'ema' only"),
     (lambda: CT(mu=1.0, target="ema"), r"mu within \(0, 1\)"),
@@ -517,6 +547,19 @@ def test_bad_input_is_named(make: Callable[[], object], said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_average_of_the_run_ships_and_may_be_the_target() -> None:
-    role = CD(target="ema", ema=Ema(rate=0.95), optim=Optim(lr=1e-3)).roles(tiny())["student"]
-    assert role.ships and role.ema == Ema(rate=0.95) and role.optim is not None
+def test_one_average_ships_and_another_is_the_target() -> None:
+    role = CD.original(optim=Optim(lr=1e-3)).roles(tiny())["student"]
+    assert role.ships and role.ema == Ema(power=0.05) and role.optim is not None
+    assert role.target == Ema(rate=0.95) and CD(target="self").roles(tiny())["student"].target is None
+    m = build_models({"student": role}, "cpu")
+    assert m.target("student") is not m.ema("student") and m.target("student") is not m.student
+
+
+def test_distillation_with_a_perceptual_distance_trains(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    data = Images("eight", torch.rand(16, 1, 8, 8, generator=g) * 2 - 1, torch.arange(16) % 3)
+    start = untrained(data, "resmlp", width=16, embedding=8, blocks=1)
+    made = distill(start, CD(distance="lpips", optim=STEADY), data, out=tmp_path, budget=3, batch=8, progress=False)
+    before = start.denoiser.state_dict()  # type: ignore[attr-defined]
+    moved = max(float((before[k] - v).abs().max()) for k, v in made.denoiser.state_dict().items())  # type: ignore[attr-defined]
+    assert moved > 1e-4 and not list(tmp_path.rglob("*distance*")), "its network is not part of a run's files"

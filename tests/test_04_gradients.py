@@ -356,11 +356,10 @@ def test_every_step_starts_where_the_student_itself_arrived() -> None:
         update.loss()
     x = 80.0 * Noise.of(0, 32).normal((1,), "start")
     for k in range(3):
-        calls = seen[2 * k : 2 * k + 2]  # for the loss and, but for the last step, for moving on
-        assert all(float((s - x).abs().max()) < 1e-5 * float(x.abs().max()) for s in calls), k
+        assert float((seen[k] - x).abs().max()) < 1e-5 * float(x.abs().max()), k
         ratio = float(levels[k + 1] / levels[k])
         x = ratio * x + (1 - ratio) * m.student.slopes[k] * x
-    assert len(seen) == 5
+    assert len(seen) == 3, "one pass for each step"
 
 
 def test_an_affine_student_learns_the_exact_slope_of_every_step() -> None:
@@ -373,7 +372,7 @@ def test_an_affine_student_learns_the_exact_slope_of_every_step() -> None:
         return b / a + (1 - b / a) * m.student.slopes.detach()
 
     assert float((moves() - exact).abs().min()) > 0.05, "Euler must be wrong at first"
-    list(fit(method, m, ConditionsOnly(None), FitOptions(Budget(80), batch=16), None))
+    list(fit(method, m, ConditionsOnly(None), FitOptions(Budget(160), batch=16), None))
     assert float((moves() - exact).abs().max()) < 3e-3
     x = 5.0 * Noise.of(1, 500).normal((1,), "x")
     # N(0, 1) noised at level 5 has variance 26; the flow carries it to 1 + 0.1^2.

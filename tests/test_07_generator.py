@@ -433,7 +433,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(made: Genera
         replace(made, codec=object()).save(tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a object cannot be stored"):
         replace(made, sampler=object()).save(tmp_path / "x")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="a CountingDenoiser cannot be saved: only CFG around a Precond can"):
+    with pytest.raises(InputError, match=r"a CountingDenoiser cannot be saved: only .*CFG.* around a Precond can"):
         replace(made, denoiser=CountingDenoiser(made.denoiser)).save(tmp_path / "x")
     strange = replace(made, denoiser=Precond(torch.nn.Linear(2, 2), (2,)))
     with pytest.raises(InputError, match="Linear cannot be saved"):

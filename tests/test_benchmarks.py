@@ -26,7 +26,7 @@ def programs() -> Iterator[dict[str, ModuleType]]:
     """The programs as modules, importable as when they run as scripts."""
     sys.path.insert(0, str(BENCHMARKS))
     threads = torch.get_num_threads()
-    names = ("loops", "overhead", "solvers")
+    names = ("loops", "overhead", "solvers", "tasks", "methods", "steps")
     yield {name: importlib.import_module(name) for name in names}
     torch.set_num_threads(threads)
     sys.path.remove(str(BENCHMARKS))
@@ -138,4 +138,100 @@ def test_unknown_names_are_refused(programs: dict[str, ModuleType], tmp_path: Pa
         programs["solvers"].main(programs["solvers"].Solvers(cases=("ipndm9",), results=tmp_path))
     with pytest.raises(InputError, match="ipndm9"):
         programs["overhead"].main(programs["overhead"].Overhead(solvers=("ipndm9",), results=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_are_measured_piecemeal_and_claims_run_both_sides(
+    programs: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    methods = programs["methods"]
+    quick = {"task": "ring", "teacher_steps": 20, "iterations": 3, "batch": 16, "samples": 200, "nfes": (1, 2)}
+    flags = {**quick, "out": tmp_path / "teacher", "results": tmp_path}
+    methods.main(methods.Flags(methods=("cd",), **flags))
+    methods.main(methods.Flags(methods=("sfd",), claims=("cd-target",), **flags))
+    body = json.loads((tmp_path / "methods-ring.json").read_text())
+    rows = [(r["name"], r["nfe"]) for r in body["rows"]]
+    # One side of the claim is the default, and shares the method's row.
+    claim = body["claims"]["cd-target"]
+    (other,) = {claim["with"], claim["without"]} - {"cd"}
+    assert other.startswith("cd, target=")
+    own = [(name, nfe) for name in ("sfd", "cd", other) for nfe in (1, 2)]
+    assert rows[:3] == [("teacher", 35), ("calibrated", 1), ("calibrated", 2)] and sorted(rows[3:]) == sorted(own)
+    by_name = {r["name"]: r for r in body["rows"]}
+    assert by_name["cd"]["images"] == 3 * 16 and by_name["sfd"]["images"] == 2 * 3 * 16
+    assert by_name[claim["with"]]["settings"]["target"] == "ema" and by_name["cd"]["peak_bytes"] > 0
+    assert by_name[claim["without"]]["settings"]["target"] == "self"
+
+
+def test_every_claim_and_task_can_be_made(programs: dict[str, ModuleType]) -> None:
+    from fewstep.distill import METHODS
+    from tiny_runs import tiny
+
+    teacher = tiny()
+    for key, claim in programs["methods"].CLAIMS.items():
+        made = [side.made(teacher) for side in (claim.true, claim.false)]
+        assert made[0] != made[1] and type(made[0]) is METHODS[claim.true.method], key
+    assert set(programs["tasks"].TASKS) == {"digits", "stacked-digits", "cifar8", "cifar32", "ring", "sr-digits"}
+
+
+def test_scores_of_the_ring_know_its_law_from_others(programs: dict[str, ModuleType]) -> None:
+    tasks = programs["tasks"]
+    law = tasks.ring()
+    same = tasks.ring_score(law.draw(2000, seed=1).float(), 0)
+    assert abs(same["energy"]) < 0.01 and same["modes"] == 8 and same["mode_kl"] < 0.01
+    # Of a Gaussian in two dimensions, 1 - exp(-9/2) lies within three deviations.
+    assert same["precision"] == pytest.approx(0.9889, abs=0.01)
+    one = tasks.ring_score(law.means[:1].expand(500, -1, -1, -1).float(), 0)
+    assert one["modes"] == 1 and one["mode_kl"] == pytest.approx(2.0794, abs=1e-3) and one["energy"] > 0.2
+
+
+def test_the_passes_of_a_step_are_those_of_its_equations(programs: dict[str, ModuleType], tmp_path: Path) -> None:
+    steps = programs["steps"]
+    steps.main(steps.Flags(methods=("cd", "sid"), sizes=("small",), repeats=1, results=tmp_path))
+    rows = {r["method"]: r for r in json.loads((tmp_path / "steps.json").read_text())["rows"]}
+    # The teacher's two for Heun, the target, and the student.
+    assert rows["cd"]["calls"] == {"F": 3, "F+B(weights)": 1}
+    # Pictures for the fake score, its own pass; the student's, and both scores of it.
+    assert rows["sid"]["calls"] == {"F": 1, "F+B(weights)": 2, "F+B(input)": 2}
+    assert all(r["step_ms"] > 0 and r["passes_ms"] > 0 and r["peak_bytes"] > 0 for r in rows.values())
+
+
+@pytest.mark.parametrize("through", ["functorch", "dual"])
+def test_forward_derivatives_and_features_are_recorded_and_replayed(
+    programs: dict[str, ModuleType], through: str
+) -> None:
+    from torch.autograd import forward_ad
+
+    steps = programs["steps"]
+    config, _ = steps.SIZES["small"]
+    D = next(iter(steps.teachers(config))).network.requires_grad_(False)
+    x, calls = torch.randn(2, *config.shape), []
+    with steps.recording(calls, []), torch.no_grad():
+        if through == "functorch":
+            torch.func.jvp(lambda x: D(x, 1.0, {}), (x,), (torch.ones_like(x),))
+        else:
+            with forward_ad.dual_level():
+                D(forward_ad.make_dual(x, torch.ones_like(x)), 1.0, {})
+    leaf = x.clone().requires_grad_()
+    with steps.recording(calls, []):
+        D.features(leaf, 1.0, {}, ("bottleneck",))[1]["bottleneck"].sum().backward()
+    assert [call.kind for call in calls] == ["JVP", "F+B(input)"]
+    assert torch.equal(calls[0].leaves[0], x) and calls[1].name == "features"
+    for call in calls:
+        steps.replay(call)
+
+
+def test_unknown_tasks_methods_and_claims_are_refused(programs: dict[str, ModuleType], tmp_path: Path) -> None:
+    methods, steps = programs["methods"], programs["steps"]
+    for flags, message in (
+        ({"task": "ring2"}, "ring2"),
+        ({"methods": ("cdd",)}, "cdd"),
+        ({"claims": ("cd-goal",)}, "cd-goal"),
+        ({"task": "cifar8"}, "needs --data"),
+        ({"task": "sr-digits"}, "super_resolution.py"),
+    ):
+        with pytest.raises(InputError, match=message):
+            methods.main(methods.Flags(**flags, results=tmp_path, out=tmp_path / "teacher"))
+    with pytest.raises(InputError, match="huge"):
+        steps.main(steps.Flags(sizes=("huge",), results=tmp_path))
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 import subprocess
@@ -228,3 +229,72 @@ def test_demo() -> None:
         assert rows, (command, entry)
         paired = entry.get("rmse_to_converged")
         assert paired == rows[0]["rmse"] or paired == pytest.approx(rows[0]["rmse"], rel=1e-5, abs=1e-6)
+
+
+QUICKLY = "--batch 8 --log-every 1 --grid-every 0"
+
+
+def test_distill_for_several_numbers_of_steps(generator: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli(f"distill cd --teacher {generator} --data digits --budget 2 {QUICKLY} --steps 1,2,4 --out any")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "for 1, 2, 4 steps; try `fewstep sample any --sampler any/samplers/1.json`" in said
+    for count in (1, 2, 4):
+        cli(f"sample any --sampler any/samplers/{count}.json --n 2 --out pics-{count}")
+        assert Run(Path(f"pics-{count}")).read_log()[0]["nfe"] == count
+    cli(f"distill sfd --teacher {generator} --budget 2 {QUICKLY} --between 1 --steps=1,2 --out each")
+    assert "try `fewstep sample each/2`" in " ".join(capsys.readouterr().err.split())
+    for count in (1, 2):
+        cli(f"sample each/{count} --n 2 --out own-{count}")
+        assert Run(Path(f"own-{count}")).read_log()[0]["nfe"] == count
+    cli("distill --recipe any/recipe.json --out again")
+    assert same("samplers/2.json", "any", "again") and same("student.safetensors", "any", "again")
+    cli("distill --recipe each/recipe.json --out single --steps 1")
+    assert Path("single/fewstep.json").is_file() and not Path("single/2").exists()
+
+
+def test_learning_rates_follow_the_size_unless_they_are_given(
+    generator: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rates(line: str, out: str) -> tuple[float, float]:
+        cli(f"distill {line} --out {out}")
+        recipe = Run(Path(out)).folder / "recipe.json"
+        made = json.loads(recipe.read_text())["settings"]
+        return made["student"]["lr"], made["fake"]["lr"]
+
+    start = f"sid --teacher {generator} --budget 1 {QUICKLY}"
+    scaled = rates(start, "one")
+    told = capsys.readouterr().out
+    assert "--student.lr" in told and told.count("learning rate for") == 1
+    assert scaled[0] == scaled[1] > 1e-5
+    assert rates(f"{start} --published", "two") == (1e-5, 1e-5)
+    assert rates(f"{start} --student.lr 2e-4", "three") == (2e-4, scaled[1])
+    capsys.readouterr()
+    assert rates(f"{start} --student.lr 2e-4 --fake.lr=3e-4", "four") == (2e-4, 3e-4)
+    assert "learning rate for" not in capsys.readouterr().out
+    # A recipe repeats what was given, although it equals a default.
+    assert rates("--recipe three/recipe.json", "five") == (2e-4, scaled[1])
+
+
+def test_bad_numbers_of_steps(generator: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in (
+        ("cd --steps 1,x --data digits", "expected whole numbers"),
+        ("cd --steps 1,1 --data digits", "distinct whole numbers"),
+        ("progressive --steps 2,8 --start-steps 8 --data digits", "passes 2, 4, and not 8"),
+        ("sid --steps 1,2", "steps"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli(f"distill {line} --teacher {generator} --out bad")
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1, said
+        assert message in said
+        assert not Path("bad").exists()
+
+
+def test_a_card_tells_roles_memory_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    cli("methods sfd")
+    card = " ".join(capsys.readouterr().out.split())
+    assert "arXiv 2409.19681" in card and "one training for each number of evaluations" in card
+    # Teacher, student, two moments of Adam, an average and gradients.
+    assert "6.0 times the teacher's weights" in card
+    assert re.search(r"student the teacher's weights Adam 0\.\d+, drop power 0\.05 yes", card)
+    assert "5e-05 published" in card

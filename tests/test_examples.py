@@ -97,7 +97,7 @@ BAD = [
         SFD(),
         (0.001, 1e8),
         {"path": FLOW, "predicts": "velocity"},
-        r"cannot start at sigma 1e\+08, .* calibrate instead",
+        r"cannot start at sigma 1e\+08, .* choose the grid native",
     ),
 ]
 

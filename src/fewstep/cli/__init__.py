@@ -26,7 +26,9 @@ COMMANDS = (
     "train",
     "sample",
     "calibrate",
+    "pairs",
     "distill",
+    "collaborate",
     "evaluate",
     "trace",
     "compare-tableaux",
@@ -49,7 +51,9 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep train                    train a denoiser from pictures
   fewstep sample GENERATOR         make pictures
   fewstep calibrate GENERATOR      fit a sampler of few evaluations to a generator, without training
+  fewstep pairs GENERATOR          noises and the pictures it makes of them, for methods that learn from such pairs
   fewstep distill METHOD           train a student of few steps
+  fewstep collaborate S T          let the teacher refine the worst pictures of a student
   fewstep evaluate GENERATOR       score pictures against real ones
   fewstep trace SCHEDULER -o FILE  a scheduler of diffusers as a tableau
   fewstep compare-tableaux A B     where two tableaux differ, row by row
@@ -126,7 +130,7 @@ def run(argv: list[str]) -> None:
     recipe, rest = _recipe(command, rest)
     # Imported by name so that one command does not pay for the imports of all.
     module: Any = import_module(f"fewstep.cli.{command.replace('-', '_')}")
-    if command == "distill":
+    if command in ("distill", "train"):
         kind, rest = module.command_for(rest, recipe)
     else:
         kind = getattr(module, "".join(part.capitalize() for part in command.split("-")))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +17,8 @@ from fewstep.core.generator import Generator
 from fewstep.core.options import FitOptions
 from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
+from fewstep.distill.published import optimizers, scaled, told
+from fewstep.distill.several import SAMPLERS, distill_steps
 from fewstep.errors import InputError, unknown
 from fewstep.models.lora import LoRA
 from fewstep.train.run import options_of
@@ -24,9 +28,15 @@ from fewstep.train.run import options_of
 class Distill:
     """Distils a teacher.
 
+    Where no learning rate is given, the published one is carried over to the size of the network, and told. With a
+    list, such as --steps 1,2,4, there is a student or a sampler for every number of steps.
+
     Attributes:
         teacher: the generator to distil: a folder of fewstep or diffusers, a Hub id, or a checkpoint.
         name: the method.
+        several: the numbers of --steps, where those are several.
+        fixed: the optimizers whose learning rate was given.
+        published: takes the paper's own learning rates, whatever the size of the network.
         data: pictures, for methods that learn from data.
         resize: side that encoded images are resized to, in pixels.
         lora: rank of LoRA layers that are trained instead of copies of the teacher; full copies without one.
@@ -41,6 +51,9 @@ class Distill:
 
     teacher: str
     name: Annotated[str, tyro.conf.Suppress] = ""
+    several: Annotated[tuple[int, ...], tyro.conf.Suppress] = ()
+    fixed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    published: bool = False
     data: str | None = None
     resize: int | None = None
     lora: int | None = None
@@ -61,13 +74,32 @@ class Distill:
             self._tell(teacher, pictures, lora, roles)
             return
         out = flags.out or next_folder(f"distill-{self.name}")
-        options = {**flags.options(), "recipe": clean(recipe_of("distill", self))}
-        method: Any = self.settings  # type: ignore[attr-defined]
-        student = distill(teacher, method, pictures, out=out, lora=lora, lora_roles=roles, **options)
-        count = student.sampler.nfe
-        told = f"{out}: {count} evaluation{'' if count == 1 else 's'}; try `fewstep sample {out}`"
+        options = {**flags.options(), "recipe": clean(recipe_of("distill", self)), "lora": lora, "lora_roles": roles}
+        method = self._method(teacher)
+        if self.several:
+            students = distill_steps(teacher, method, pictures, steps=self.several, out=out, **options)
+            first, last = min(students), max(students)
+            once = getattr(method, "any_steps", False)
+            shown = f"{out} --sampler {_table(out, first)}" if once else f"{out / str(last)}"
+            line = f"{out}: for {', '.join(map(str, students))} steps; try `fewstep sample {shown}`"
+        else:
+            count = distill(teacher, method, pictures, out=out, **options).sampler.nfe
+            line = f"{out}: {count} evaluation{'' if count == 1 else 's'}; try `fewstep sample {out}`"
         if distributed.rank() == 0:
-            Console(stderr=True).print(told, highlight=False)
+            Console(stderr=True).print(line, highlight=False)
+
+    def _method(self, teacher: Generator) -> Any:
+        """The method with the learning rates that it is to have."""
+        given: Any = self.settings  # type: ignore[attr-defined]
+        if self.lora is not None:
+            # The published rates are those of whole networks.
+            return given
+        method = scaled(given, teacher, fixed=self.fixed, published=self.published)
+        line = told(given, method, teacher)
+        if line is not None and distributed.rank() == 0:
+            # Not on stderr, where bad input is told on a line of its own.
+            Console().print(line, highlight=False, soft_wrap=True)
+        return method
 
     def _lora(self) -> LoRA | None:
         if self.lora is None:
@@ -110,10 +142,60 @@ def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, l
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method = METHODS[name]
+    argv, several = _several(argv)
+    fixed = _fixed(argv, method)
+    if recipe is not None:
+        # What a recipe leaves out was not known when it was made: its rates are those that it ran with.
+        fixed = tuple(dict.fromkeys([*recipe.get("fixed", optimizers(method())), *fixed]))
+        several = tuple(recipe.get("several", ())) if several is None else several
+        recipe |= {"fixed": list(fixed), "several": list(several)}
     added: list[Any] = [
         ("name", Annotated[str, tyro.conf.Suppress], field(default=name)),
+        ("several", Annotated[tuple[int, ...], tyro.conf.Suppress], field(default=several or ())),
+        ("fixed", Annotated[tuple[str, ...], tyro.conf.Suppress], field(default=fixed)),
         ("settings", Annotated[method, tyro.conf.arg(name="")], field(default_factory=method)),
     ]
     made = make_dataclass(f"Distill{method.__name__}", added, bases=(Distill,), frozen=True, kw_only=True)
     made.__doc__ = f"{(method.__doc__ or '').splitlines()[0]}\n\n{(Distill.__doc__ or '').partition(chr(10))[2]}"
     return made, argv
+
+
+def _several(argv: Sequence[str]) -> tuple[list[str], tuple[int, ...] | None]:
+    """``--steps 1,2,4`` as ``--steps 4`` and the numbers; one number are none; None where there is no such flag.
+
+    Raises:
+        InputError: a list of something else than whole numbers.
+    """
+    words = list(argv)
+    found: tuple[int, ...] | None = None
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag != "--steps" or not (equals or i + 1 < len(words)):
+            continue
+        value = value if equals else words[i + 1]
+        found = ()
+        if "," not in value:
+            continue
+        try:
+            found = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            raise InputError(f"--steps {value}: expected whole numbers such as 4 or 1,2,4") from None
+        largest = str(max(found))
+        if equals:
+            words[i] = f"--steps={largest}"
+        else:
+            words[i + 1] = largest
+    return words, found
+
+
+def _fixed(argv: Sequence[str], method: type[Any]) -> tuple[str, ...]:
+    """The optimizers of the method whose learning rate is among the flags."""
+    names = optimizers(method())
+    flags = {word.partition("=")[0].replace("_", "-") for word in argv}
+    return tuple(name for name in names if f"--{name.replace('_', '-')}.lr" in flags)
+
+
+def _table(out: Path, count: int) -> Path:
+    """The sampler of ``count`` steps in the folder of a student that serves several."""
+    file = out / SAMPLERS / f"{count}.json"
+    return file if file.is_file() else file.with_suffix("")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from fewstep.cli.base import next_folder, recipe_of
 from fewstep.core import distributed
 from fewstep.data import load_data
 from fewstep.errors import InputError
-from fewstep.train import EDMTraining, train, untrained
+from fewstep.train import EDMTraining, FlowMatching, train, untrained
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class Train:
-    """Trains a denoiser with EDM's objective and leaves a generator folder.
+    """Trains a denoiser and leaves a generator folder.
 
     Attributes:
         data: digits, stacked-digits, a folder of images, Parquet files, or an array.
         resize: side that encoded images are resized to, in pixels.
         network: unet or resmlp (for tiny pictures).
         width: of a resmlp, or channels of a unet; a size that suits the pictures without one.
+        path: edm for EDM's preconditioning and objective; flow for flow matching from pure noise.
         run_flags: how to run.
         method: the objective.
     """
@@ -78,8 +80,9 @@ class Train:
     resize: int | None = None
     network: Literal["unet", "resmlp"] = "unet"
     width: int | None = None
+    path: Literal["edm", "flow"] = "edm"
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = field(default_factory=RunFlags)
-    method: Annotated[EDMTraining, tyro.conf.arg(name="")] = field(default_factory=EDMTraining)
+    method: Annotated[EDMTraining | FlowMatching, tyro.conf.arg(name="")] = field(default_factory=EDMTraining)
 
     def run(self) -> None:
         """Runs the command."""
@@ -90,13 +93,27 @@ class Train:
         # Not on stderr, where bad input is told on a line of its own.
         Console().print(f"{pictures.name}: {pictures.report}", highlight=False)
         size = {} if self.width is None else {"channels" if self.network == "unet" else "width": self.width}
-        start = untrained(pictures, self.network, seed=flags.seed, **size)
+        start = untrained(pictures, self.network, seed=flags.seed, path=self.path, **size)
         out = flags.out or next_folder("train")
         options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
         train(start, self.method, pictures, out=out, **options)
         if distributed.rank() == 0:
             told = f"{out}: look at {out}/samples, try `fewstep sample {out}`"
             Console(stderr=True).print(told, highlight=False)
+
+
+def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, list[str]]:
+    """The command with the flags of the objective that belongs to ``--path``, or to the recipe's path."""
+    words = [word for flag in argv for word in flag.split("=", 1)]
+    said = [b for a, b in itertools.pairwise(words) if a == "--path"]
+    path = said[-1] if said else (recipe or {}).get("path", "edm")
+    method: Any = FlowMatching if path == "flow" else EDMTraining
+    added: list[Any] = [("method", Annotated[method, tyro.conf.arg(name="")], field(default_factory=method))]
+    if path == "flow":
+        added.append(("path", Literal["edm", "flow"], field(default="flow")))
+    made = make_dataclass("Train", added, bases=(Train,), frozen=True)
+    made.__doc__ = Train.__doc__
+    return made, argv
 
 
 def clean(recipe: dict[str, Any]) -> dict[str, Any]:

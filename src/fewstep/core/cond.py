@@ -66,8 +66,9 @@ Nulls = Mapping[str, Tensor | None]
 def null(cond: Cond, nulls: Nulls | None = None) -> dict[str, Tensor]:
     """The unconditional partner of ``cond``, for guidance and for condition dropout.
 
-    ``label`` becomes -1. Every other entry is taken from ``nulls`` (one example without batch dimension, such as the
-    embedding of the empty prompt) and broadcast over the batch; None keeps it, as for the size that a model is told.
+    ``label`` becomes -1 and ``image`` 0, the middle grey. Every other entry is from ``nulls`` (one example without
+    batch dimension, such as the embedding of the empty prompt) and broadcast over the batch; None keeps it, as for the
+    size that a model is told.
 
     Raises:
         InputError: an entry has no known null.
@@ -79,6 +80,8 @@ def null(cond: Cond, nulls: Nulls | None = None) -> dict[str, Tensor]:
             out[name] = value if own is None else own.to(value).expand_as(value)
         elif name == "label":
             out[name] = torch.full_like(value, -1)
+        elif name == "image":
+            out[name] = torch.zeros_like(value)
         else:
             raise InputError(f"condition {name!r} has no null value: pass it in `nulls` (known: {sorted(nulls or {})})")
     return out

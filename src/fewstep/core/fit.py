@@ -116,6 +116,7 @@ class _Loop:
 
     def __init__(self, method: Method, models: Models, data: Data, options: FitOptions, run: Run | None) -> None:
         self.method, self.m, self.data, self.options, self.run = method, models, data, options, run
+        models.seed = options.seed
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, role in models.roles.items():
             if role.optim is not None:

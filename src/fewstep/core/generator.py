@@ -26,7 +26,15 @@ from fewstep.core.denoiser import (
     unsaved,
 )
 from fewstep.core.noise import Noise, Seed, seeds_of, shown, whole
-from fewstep.core.pipeline import Codec, Conditions, Pipeline, TextConditions, open_pipeline
+from fewstep.core.pipeline import (
+    Codec,
+    Conditions,
+    Pipeline,
+    TextConditions,
+    open_conditions,
+    open_pipeline,
+    stored_conditions,
+)
 from fewstep.core.sample import OnStep, Sampler
 from fewstep.core.state import load_tensors, load_weights, read_json, save_tensors, write_text
 from fewstep.core.stored import load_sampler, save_sampler
@@ -210,8 +218,12 @@ class Generator:
         around = unsaved(self.denoiser)
         if around is not None:
             raise InputError(f"a {around} cannot be saved: only {', '.join(WRAPPERS)} around a Precond can")
-        if self.pipeline is None and not (self.codec is None and isinstance(self.conds, Classes | None)):
-            raise InputError("only classes, or the codec and conditions of a pipeline, can be saved in a folder")
+        own = None if self.pipeline is not None else stored_conditions(self.conds)
+        known = own is not None or isinstance(self.conds, Classes | None)
+        if self.pipeline is None and not (self.codec is None and known):
+            raise InputError(
+                "only classes, or the codec and conditions of a pipeline, or image conditions can be saved in a folder"
+            )
         if (folder / PIPELINE_INDEX).is_file():
             raise InputError(
                 f"{folder} holds a diffusers pipeline ({PIPELINE_INDEX}), which would be opened in place of the "
@@ -223,6 +235,8 @@ class Generator:
             "classes": asdict(self.conds) if isinstance(self.conds, Classes) else None,
             "card": self.card,
         }
+        if own is not None:
+            body["conditions"] = own
         if self.pipeline is not None:
             body["pipeline"] = {"kind": self.pipeline.kind, **self.pipeline.describe()}
         # The sampler first, because it may be of a kind that cannot be stored.
@@ -263,6 +277,8 @@ class Generator:
             conds: Conditions | None = None if around is None else around.conds
             if classes is not None:
                 conds = Classes(tuple(classes["frequencies"]), tuple(classes["names"]))
+            if body.get("conditions") is not None:
+                conds = open_conditions(body["conditions"])
             denoiser = build_denoiser(body["denoiser"], conds)
             module = module_of(denoiser)
             assert module is not None

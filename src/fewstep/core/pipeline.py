@@ -115,3 +115,56 @@ def open_pipeline(description: Mapping[str, Any], device: torch.device) -> Pipel
         return PIPELINES[kind](fields, device)
     except (KeyError, TypeError) as error:
         raise InputError(f"the description of a {kind!r} pipeline lacks or garbles {error}") from None
+
+
+class StoredConditions(Conditions, Protocol):
+    """:class:`Conditions` that a generator's own folder holds, without a pipeline; ``kind`` is their name in files."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def opened(cls, fields: Mapping[str, Any]) -> Any:
+        """From what :meth:`describe` told."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: what :meth:`opened` makes them from."""
+        ...
+
+
+K = TypeVar("K", bound=type[Any])
+CONDITIONS: dict[str, type[Any]] = {}
+
+
+def conditions(kind: str) -> Callable[[K], K]:
+    """Class decorator: a generator's folder may hold these :class:`StoredConditions`, under ``kind``."""
+
+    def add(cls: K) -> K:
+        cls.kind = kind
+        CONDITIONS[kind] = cls
+        return cls
+
+    return add
+
+
+def stored_conditions(conds: Any) -> dict[str, Any] | None:
+    """The description of conditions that a generator's folder may hold; None for others."""
+    kind = getattr(conds, "kind", None)
+    return {"kind": kind, **conds.describe()} if kind in CONDITIONS and type(conds) is CONDITIONS[kind] else None
+
+
+def open_conditions(description: Mapping[str, Any]) -> Conditions:
+    """The conditions that :func:`stored_conditions` described.
+
+    Raises:
+        InputError: an unknown kind, or fields that do not belong.
+    """
+    fields = dict(description)
+    kind = str(fields.pop("kind", None))
+    if kind not in CONDITIONS:
+        raise unknown("kind of conditions", kind, CONDITIONS)
+    try:
+        made: Conditions = CONDITIONS[kind].opened(fields)
+        return made
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the description of {kind!r} conditions lacks or garbles {error}") from None

@@ -134,7 +134,7 @@ class Update(NamedTuple):
 class Models:
     """The live networks of a run: ``m.student``, ``m.fake``; ``m.ema("student")`` is an average.
 
-    ``m.progress`` in [0, 1] is the share of the budget that is spent, which curricula follow.
+    ``m.progress`` in [0, 1] is the share of the budget that is spent, which curricula follow; ``m.seed`` is the run's.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Models:
         self.networks = dict(networks)
         self.averages = dict(averages)
         self.progress = 0.0
+        self.seed = 0
 
     def __getattr__(self, name: str) -> Any:
         networks = self.__dict__.get("networks", {})
@@ -154,6 +155,10 @@ class Models:
     def ema(self, role: str) -> Any:
         """The average of a role, or the role itself if it keeps none."""
         return self.averages.get(role, self.networks[role])
+
+    def common(self, i: int) -> Noise:
+        """One source for iteration ``i``: for draws that all samples, micro-batches and processes must share."""
+        return Noise.of(self.seed, 1).fold("common", i)
 
     def target(self, role: str) -> Any:
         """The average that targets are made with, or the role itself if it keeps none."""

@@ -10,8 +10,11 @@ from fewstep.data.base import Data, Images, LoadReport
 from fewstep.data.digits import StackedDigits, digits, stacked_digits
 from fewstep.data.encoded import Encoded
 from fewstep.data.folder import folder, walk
+from fewstep.data.pairs import FILE as PAIRS_FILE
+from fewstep.data.pairs import OnlinePairs, Pairs, make_pairs, require_pairs
 from fewstep.data.parquet import parquet
 from fewstep.data.pixels import SUFFIXES
+from fewstep.data.sr import SuperResolution, sr_digits
 from fewstep.errors import InputError, unknown
 
 __all__ = [
@@ -20,19 +23,25 @@ __all__ = [
     "Encoded",
     "Images",
     "LoadReport",
+    "OnlinePairs",
+    "Pairs",
     "StackedDigits",
+    "SuperResolution",
     "array",
     "digits",
     "folder",
     "load_data",
+    "make_pairs",
     "parquet",
+    "require_pairs",
+    "sr_digits",
     "stacked_digits",
 ]
 
 # each takes ``limit``, the largest number of pictures, or None
-DATASETS: dict[str, Callable[..., Data]] = {"digits": digits, "stacked-digits": stacked_digits}
+DATASETS: dict[str, Callable[..., Data]] = {"digits": digits, "stacked-digits": stacked_digits, "sr-digits": sr_digits}
 
-PATHS = "a folder of images, a .parquet file or a folder of them, a .npy or .npz file"
+PATHS = "a folder of images or of pairs, a .parquet file or a folder of them, a .npy or .npz file"
 
 
 def load_data(spec: str, *, resize: int | None = None, limit: int | None = None, split: str | None = None) -> Data:
@@ -40,7 +49,7 @@ def load_data(spec: str, *, resize: int | None = None, limit: int | None = None,
 
     Args:
         spec: a name in `DATASETS`, or the path of a folder of images, a ``.parquet`` file or a folder of them, a
-            ``.npy`` or ``.npz`` file.
+            ``.npy`` or ``.npz`` file, or a folder that ``fewstep pairs`` made.
         resize: side of the square pictures in pixels, for encoded images; None keeps their size.
         limit: at most this many pictures, evenly spaced; None is all.
         split: which split of a folder of Parquet files, such as "train"; None where there is only one.
@@ -66,7 +75,11 @@ def load_data(spec: str, *, resize: int | None = None, limit: int | None = None,
 
 
 def _directory(path: Path, resize: int | None, limit: int | None, split: str | None) -> Data:
-    """A folder's data set: Parquet or images, whichever it holds."""
+    """A folder's data set: pairs, Parquet or images, whichever it holds."""
+    if (path / PAIRS_FILE).is_file():
+        if (resize, limit, split) != (None, None, None):
+            raise InputError(f"{path} holds pairs, which have one size, number and split: drop resize, limit and split")
+        return Pairs(path)
     suffixes = {file.suffix.lower() for file in walk(path)}
     images, tables = sorted(suffixes & SUFFIXES), ".parquet" in suffixes
     if images and tables:

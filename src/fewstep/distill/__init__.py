@@ -1,10 +1,60 @@
 """Distillation: one file per published method, named in ``METHODS``."""
 
+from fewstep.distill.adversarial_consistency import AdversarialCD
+from fewstep.distill.boot import BOOT
+from fewstep.distill.codi import CoDi
 from fewstep.distill.consistency import CD
 from fewstep.distill.consistency_training import CT, ECT
+from fewstep.distill.ctm import CTM
+from fewstep.distill.dmd2 import DMD2
+from fewstep.distill.f_distill import FDistill
+from fewstep.distill.flash_diffusion import FlashDiffusion
 from fewstep.distill.front import METHODS, distill
+from fewstep.distill.get import GETDistillation
+from fewstep.distill.icd import ICD
+from fewstep.distill.imagine_flash import ImagineFlash
+from fewstep.distill.mean_flow import MeanFlow
 from fewstep.distill.progressive import Progressive, progressive
-from fewstep.distill.sfd import SFD
+from fewstep.distill.reflow import Reflow
+from fewstep.distill.sana_sprint import SanaSprint
+from fewstep.distill.scflow import SCFlow
+from fewstep.distill.scm import SCM
+from fewstep.distill.several import distill_steps
+from fewstep.distill.sfd import SFD, SFDOne, SFDv
 from fewstep.distill.sid import SiD
+from fewstep.distill.slimflow import SlimFlow
+from fewstep.distill.tdd import TDD
+from fewstep.distill.vsd import VSD
 
-__all__ = ["CD", "CT", "ECT", "METHODS", "SFD", "Progressive", "SiD", "distill", "progressive"]
+__all__ = [
+    "BOOT",
+    "CD",
+    "CT",
+    "CTM",
+    "DMD2",
+    "ECT",
+    "ICD",
+    "METHODS",
+    "SCM",
+    "SFD",
+    "TDD",
+    "VSD",
+    "AdversarialCD",
+    "CoDi",
+    "FDistill",
+    "FlashDiffusion",
+    "GETDistillation",
+    "ImagineFlash",
+    "MeanFlow",
+    "Progressive",
+    "Reflow",
+    "SCFlow",
+    "SFDOne",
+    "SFDv",
+    "SanaSprint",
+    "SiD",
+    "SlimFlow",
+    "distill",
+    "distill_steps",
+    "progressive",
+]

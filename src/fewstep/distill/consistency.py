@@ -21,15 +21,14 @@ from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
-from fewstep.loss.huber import pseudo_huber
+from fewstep.loss.perceptual import DISTANCES, DistanceName, distance_in, distance_roles
 from fewstep.models.consistency import anchored
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.consistency import consistency
 from fewstep.solve.step import ode_step
 
-Distance = Literal["l2", "l1", "huber"]
 Target = Literal["self", "ema"]
-DISTANCES, TARGETS = ("l2", "l1", "huber"), ("self", "ema")
+TARGETS = ("self", "ema")
 # Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
 PURE_NOISE = 1e5
 PUBLISHED = 0.002
@@ -47,22 +46,27 @@ class Consistency:
             smallest level where that is higher.
         sigma_max: the highest level that is trained, and that sampling starts from; None is the teacher's.
         rho: of Karras' grid.
-        distance: between two estimates: mean square, mean absolute value, or pseudo-Huber on the whole picture.
-        target: the weights of the target, which never has a gradient: the student's own, or its average ``ema``.
+        distance: between two estimates: mean square, mean absolute value, pseudo-Huber on the whole picture, or LPIPS.
+        features: of LPIPS: see :func:`fewstep.loss.perceptual.distance_of`.
+        target: the weights of the target, which never has a gradient: the student's own, or its average ``target_ema``.
+        target_ema: the average that targets are made with, where ``target`` is ema; it does not ship.
         optim: of the student.
         ema: the average that ships.
     """
 
     needs_data: ClassVar[bool] = True
+    any_steps: ClassVar[bool] = True
 
     steps: int = 2
     middle: tuple[float, ...] = ()
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float = 7.0
-    distance: Distance = "huber"
+    distance: DistanceName = "huber"
+    features: str = "own"
     target: Target = "self"
-    optim: Optim = Optim(lr=1e-4)
+    target_ema: Ema = Ema(rate=0.95)
+    optim: Optim = Optim(lr=1e-4, decay="cosine", clip=1.0)
     ema: Ema = Ema(power=0.05)
 
     def __post_init__(self) -> None:
@@ -103,24 +107,26 @@ class Consistency:
             raise InputError(f"{name}: the levels {self.middle} in the middle must fall between {top:g} and {low:g}")
         return low, top
 
-    def student(self, teacher: Generator) -> Role:
-        """The teacher's weights as a consistency function, copied when training starts.
+    def student(self, teacher: Generator) -> dict[str, Role]:
+        """The teacher's weights as a consistency function, copied when training starts, and the distance's network.
 
         Raises:
-            InputError: see :meth:`ends` and :func:`fewstep.models.consistency.anchored`.
+            InputError: see :meth:`ends`, :func:`fewstep.models.consistency.anchored` and
+                :func:`fewstep.loss.perceptual.distance_of`.
         """
         form = anchored(network_under(teacher.denoiser), self.ends(teacher.denoiser)[0])
-        return Role(lambda: copy.deepcopy(form), self.optim, self.ema, ships=True)
+        average = self.target_ema if self.target == "ema" else None
+        made = Role(lambda: copy.deepcopy(form), self.optim, self.ema, average, ships=True)
+        return {"student": made, **distance_roles(self.distance, teacher, self.features)}
 
     def compare(self, m: Models, x_a: Tensor, a: Tensor, x_b: Tensor, b: Tensor, cond: Cond, weight: Tensor) -> Tensor:
         """``mean of weight d(f(x_a, a), f-(x_b, b))``, a scalar; levels and weight (B,).
 
         The target without a gradient runs first, with the dropout mask that the student then draws.
         """
-        other = m.student if self.target == "self" else m.ema("student")
         with torch.random.fork_rng([x_a.device] if x_a.is_cuda else []), torch.no_grad():
-            aim = other(x_b, b, cond)
-        return (weight.to(x_a) * distance(self.distance, m.student(x_a, a, cond), aim)).mean()
+            aim = m.target("student")(x_b, b, cond)
+        return (weight.to(x_a) * distance_in(m, self.distance)(m.student(x_a, a, cond), aim)).mean()
 
     def sampler(self, teacher: Generator) -> Tableau:
         """Multistep consistency sampling (arXiv 2303.01469, algorithm 1)."""
@@ -147,19 +153,21 @@ class CD(Consistency):
             smallest level where that is higher.
         sigma_max: the highest level of the grid; None is the teacher's. A flow model needs one, such as 80.
         rho: of Karras' grid.
-        distance: l2, l1 or huber. The paper's best is LPIPS, which needs a feature network and is not here.
-        target: the weights of the target: self (the student's own) or ema (the average that ships).
+        distance: l2, l1, huber, or lpips, the paper's best.
+        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
+        target: the weights of the target: self (the student's own) or ema (their average ``target_ema``).
+        target_ema: the target's average, 0.95 in the paper.
         optim: of the student; the paper's is RAdam with lr 8e-6 for ImageNet-64.
-        ema: the average that ships, and with target ema the target's; the paper keeps a longer one to ship.
+        ema: the average that ships, longer than the target's.
         levels: N, the levels of the grid: 40 in the paper, 18 for CIFAR-10; it stays the same.
         solver: the teacher's step, of order 2 with two evaluations or 1 with one.
+        weighted: weights a pair by the inverse of its gap, as iCT and ECT do, or all alike, as the paper does.
     """
 
-    target: Target = "ema"
     optim: Optim = Optim(lr=2e-4, decay="cosine", clip=1.0)
-    ema: Ema = Ema(rate=0.95)
     levels: int = 18
     solver: Literal["heun", "euler"] = "heun"
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +176,12 @@ class CD(Consistency):
         if self.solver not in ("heun", "euler"):
             raise unknown("solver", self.solver, ("heun", "euler"))
 
+    @classmethod
+    def original(cls, **fields: object) -> CD:
+        """The paper's settings for CIFAR-10, its distance apart: all pairs alike, and an average as the target."""
+        own: dict[str, object] = {"weighted": False, "target": "ema", "levels": 18}
+        return cls(**(own | fields))  # type: ignore[arg-type]
+
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """The student starts as the teacher; guidance around the teacher stays there.
 
@@ -175,7 +189,7 @@ class CD(Consistency):
             InputError: see :meth:`Consistency.student`.
         """
         made = frozen(teacher.denoiser)
-        return {"teacher": Role(lambda: made), "student": self.student(teacher)}
+        return {"teacher": Role(lambda: made), **self.student(teacher)}
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 2: the teacher's step is taken once, outside of the update."""
@@ -187,15 +201,8 @@ class CD(Consistency):
         x_a = x0 + widen(a, x0) * noise.normal(x0.shape[1:], "n")
         with torch.no_grad():
             x_b = ode_step(m.teacher, x_a, a, b, cond, order=2 if self.solver == "heun" else 1)
-        yield Update("student", lambda: self.compare(m, x_a, a, x_b, b, cond, torch.ones_like(a)))
-
-
-def distance(name: Distance, x: Tensor, y: Tensor) -> Tensor:
-    """(B,): the mean square, the mean absolute value, or :func:`fewstep.loss.huber.pseudo_huber`, of ``x - y``."""
-    if name == "huber":
-        return pseudo_huber(x, y)
-    difference = (x - y).flatten(1)
-    return difference.square().mean(1) if name == "l2" else difference.abs().mean(1)
+        weight = 1 / (a - b) if self.weighted else torch.ones_like(a)
+        yield Update("student", lambda: self.compare(m, x_a, a, x_b, b, cond, weight))
 
 
 @lru_cache(maxsize=16)

@@ -35,25 +35,25 @@ class CT(Consistency):
             smallest level where that is higher.
         sigma_max: the highest level of the grid; None is the model's. A flow model needs one, such as 80.
         rho: of Karras' grid.
-        distance: l2, l1 or huber, iCT's.
+        distance: l2, l1, huber (iCT's) or lpips (the first paper's).
+        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         target: the weights of the target: self (iCT) or ema (the first paper).
+        target_ema: with target ema and without ``mu``, the target's average.
         optim: of the student; iCT's is RAdam with lr 1e-4.
         ema: the average that ships.
         curriculum: how the grid gets finer: doubling in equal stages (iCT), or growing like a root (first paper).
         first: intervals of the grid at first (s0).
         last: intervals of the grid at the end (s1).
-        iterations: of the run (K): where the curriculum ends. Give the budget in as many steps.
         mean: of ln sigma in the draw of levels; None draws them uniformly from the grid.
         std: of ln sigma in that draw.
         weighted: weights a pair by the inverse of its gap (iCT), or all alike.
-        mu: with target ema, the average's rate at the first grid, from which it rises as published; None leaves it to
-            ``ema``.
+        mu: with target ema, the target average's rate at the first grid, from which it rises as published; None leaves
+            it to ``target_ema``.
     """
 
     curriculum: Curriculum = "doubling"
     first: int = 10
     last: int = 1280
-    iterations: int = 2000
     mean: float | None = -1.1
     std: float = 2.0
     weighted: bool = True
@@ -63,10 +63,8 @@ class CT(Consistency):
         super().__post_init__()
         if self.curriculum not in ("doubling", "growing"):
             raise unknown("curriculum", self.curriculum, ("doubling", "growing"))
-        if not 1 <= self.first <= self.last or self.iterations < 1:
-            raise InputError(
-                f"CT needs 1 <= first <= last and iterations >= 1, got {self.first}, {self.last} and {self.iterations}"
-            )
+        if not 1 <= self.first <= self.last:
+            raise InputError(f"CT needs 1 <= first <= last, got {self.first} and {self.last}")
         if not self.std > 0:
             raise InputError(f"CT needs std > 0 for its draw of levels, got {self.std}")
         if self.mu is not None and (not 0 < self.mu < 1 or self.target != "ema"):
@@ -80,31 +78,32 @@ class CT(Consistency):
         own: dict[str, object] = {"curriculum": "growing", "first": 2, "last": 150, "mean": None, "weighted": False}
         return cls(**(own | {"distance": "l2", "target": "ema", "mu": 0.9} | fields))  # type: ignore[arg-type]
 
-    def share(self, i: int) -> float:
-        """The share of the curriculum that is over at iteration ``i``; nothing else knows of the run's length."""
-        return min(1.0, i / self.iterations)
+    def count(self, progress: float) -> int:
+        """N, the levels of the grid when the share ``progress`` of the budget is spent.
 
-    def count(self, i: int) -> int:
-        """N, the levels of the grid at iteration ``i`` (doubling: arXiv 2310.14189; growing: 2303.01469)."""
+        Doubling: arXiv 2310.14189, growing: 2303.01469.
+        """
         if self.curriculum == "growing":
             low, high = self.first**2, (self.last + 1) ** 2
-            return max(1, math.ceil(math.sqrt(self.share(i) * (high - low) + low) - 1)) + 1
+            return max(1, math.ceil(math.sqrt(progress * (high - low) + low) - 1)) + 1
         stages = math.floor(math.log2(self.last // self.first)) + 1
-        stage = min(stages - 1, math.floor(self.share(i) * stages))
+        stage = min(stages - 1, math.floor(progress * stages))
         return int(min(self.first * 2**stage, self.last)) + 1
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
-        """One role: the network that it is given, as a consistency function."""
-        role = self.student(teacher)
-        return {"student": role if self.mu is None else replace(role, ema=Rising(rate=self.mu, method=self))}
+        """The network that it is given, as a consistency function."""
+        roles = self.student(teacher)
+        if self.mu is not None:
+            roles["student"] = replace(roles["student"], target=Rising(rate=self.mu, method=self))
+        return roles
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 3 of the first paper: both points share picture and noise."""
         x0, cond = batch.x, batch.cond
         assert x0 is not None
-        ends = self.ends(m.student)
-        grid = falling_levels(self.count(i) - 1, *ends, self.rho).to(x0.device)
-        edges = chances(self.count(i) - 1, *ends, self.rho, self.mean, self.std).cumsum(0).to(x0.device)
+        ends, steps = self.ends(m.student), self.count(m.progress) - 1
+        grid = falling_levels(steps, *ends, self.rho).to(x0.device)
+        edges = chances(steps, *ends, self.rho, self.mean, self.std).cumsum(0).to(x0.device)
         place = noise.uniform((), "level", dtype=torch.float64)
         k = torch.searchsorted(edges, place, right=True).clamp(max=len(grid) - 2)
         a, b = grid[k], grid[k + 1]
@@ -123,7 +122,7 @@ class Rising(Ema):
     def decay(self, step: int, progress: float = 0.0) -> float:
         """See :meth:`fewstep.core.role.Ema.decay`."""
         assert self.method is not None and self.rate is not None
-        return math.exp(self.method.first * math.log(self.rate) / (self.method.count(step) - 1))
+        return math.exp(self.method.first * math.log(self.rate) / (self.method.count(progress) - 1))
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,12 @@ class ECT(Consistency):
             smallest level where that is higher.
         sigma_max: the highest level that is drawn; None is the teacher's. A flow model needs one, such as 80.
         rho: of Karras' grid, for the sampler alone.
-        distance: l2, l1 or huber.
-        target: the weights of the target: self (the student's own) or ema (the average that ships).
+        distance: l2, l1, huber or lpips.
+        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
+        target: the weights of the target: self (the student's own) or ema (their average ``target_ema``).
+        target_ema: the target's average.
         optim: of the student.
         ema: the average that ships.
-        iterations: of the run: where the last stage ends. Give the budget in as many steps.
         stages: in which the gap shrinks.
         q: by which the gap shrinks from stage to stage.
         k: how much wider the gap is at low levels.
@@ -154,7 +154,6 @@ class ECT(Consistency):
         std: of ln sigma in that draw.
     """
 
-    iterations: int = 2000
     stages: int = 8
     q: float = 2.0
     k: float = 8.0
@@ -164,26 +163,20 @@ class ECT(Consistency):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1 or self.stages < 1 or not self.std > 0:
-            raise InputError(
-                f"ECT needs iterations >= 1, stages >= 1 and std > 0, got {self.iterations}, {self.stages}, {self.std}"
-            )
+        if self.stages < 1 or not self.std > 0:
+            raise InputError(f"ECT needs stages >= 1 and std > 0, got {self.stages} and {self.std}")
         if not self.q > 1 or self.k < 0:
             raise InputError(f"ECT needs q > 1 and k >= 0, got {self.q} and {self.k}")
 
-    def share(self, i: int) -> float:
-        """The share of the stages that is over at iteration ``i``; nothing else knows of the run's length."""
-        return min(1.0, i / self.iterations)
-
-    def partner(self, t: Tensor, i: int, low: float) -> Tensor:
-        """The lower level r of ``t`` at iteration ``i``, shaped like ``t``, at least ``low``."""
-        stage = min(self.stages - 1, math.floor(self.share(i) * self.stages))
+    def partner(self, t: Tensor, progress: float, low: float) -> Tensor:
+        """The lower level r of ``t``, shaped like ``t``, at least ``low``, when ``progress`` of the budget is spent."""
+        stage = min(self.stages - 1, math.floor(progress * self.stages))
         gap = self.q ** -(stage + 1) * (1 + self.k * torch.sigmoid(-self.b * t))
         return (t * (1 - gap)).clamp(min=low)
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
-        """One role: the teacher, as a consistency function."""
-        return {"student": self.student(teacher)}
+        """The teacher, as a consistency function."""
+        return self.student(teacher)
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Both points share picture and noise; the weight is the inverse of their gap."""
@@ -191,7 +184,7 @@ class ECT(Consistency):
         assert x0 is not None
         low, top = self.ends(m.student)
         t = self.draw(noise, low, top)
-        r = self.partner(t, i, low)
+        r = self.partner(t, m.progress, low)
         n = noise.normal(x0.shape[1:], "n")
         x_t, x_r = x0 + widen(t, x0) * n, x0 + widen(r, x0) * n
         yield Update("student", lambda: self.compare(m, x_t, t, x_r, r, cond, 1 / (t - r)))

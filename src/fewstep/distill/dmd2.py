@@ -18,8 +18,7 @@ from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import KarrasUniform, edm_weight
 from fewstep.loss.gan import ADVERSARIAL
 from fewstep.loss.matching import directed, direction
-from fewstep.models.discriminator import discriminator
-from fewstep.models.frozen import network_under
+from fewstep.models.discriminator import Discriminator, discriminator_config, read
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class DMD2(VSD):
         gan: weight of the GAN term in the student's loss; 0 leaves it out, and then no data are needed.
         critic: weight of the discriminator's loss beside the fake score's.
         features: what the discriminator reads: fake, whose features it trains too (the paper's), or teacher.
-        taps: names of the activations; the network declares them.
+        taps: names of the activations; without any the bottleneck, or a transformer's middle block.
         hidden: width of the discriminator's head.
     """
 
@@ -59,7 +58,7 @@ class DMD2(VSD):
     gan: float = 3e-3
     critic: float = 1e-2
     features: Literal["fake", "teacher"] = "fake"
-    taps: tuple[str, ...] = ("bottleneck",)
+    taps: tuple[str, ...] = ()
     hidden: int = 128
 
     def __post_init__(self) -> None:
@@ -85,11 +84,8 @@ class DMD2(VSD):
         """
         found = super().roles(teacher)
         if self.gan:
-            known = network_under(teacher.denoiser).taps
-            for tap in self.taps:
-                if tap not in known:
-                    raise unknown("feature tap", tap, known)
-            found["heads"] = Role(lambda: discriminator(teacher, self.taps, self.hidden), self.fake)
+            size = discriminator_config(teacher, self.taps, self.hidden)
+            found["heads"] = Role(lambda: Discriminator(size), self.fake)
         return found
 
     def student_losses(self, m: Models, x: Tensor, batch: Batch, noise: Noise) -> dict[str, Tensor]:
@@ -105,7 +101,7 @@ class DMD2(VSD):
             own = noise.fold("gan")
             level, _ = self.fake_draw(own, m.fake.sigma_data)
             noised = x + widen(level, x) * own.normal(x.shape[1:], "n")
-            logits = m.heads(self.reader(m).activations(noised, level, batch.cond, self.taps))
+            logits = m.heads(read(self.reader(m), m.heads, noised, level, batch.cond))
             found["adversarial"] = ADVERSARIAL["non-saturating"].generator(logits)
             loss = loss + self.gan * found["adversarial"]
         return {"loss": loss, **found}
@@ -122,7 +118,7 @@ class DMD2(VSD):
         """Denoising of the student's samples, and the discriminator's loss on the same noised samples and on data."""
         if not self.gan:
             return super().fake_update(m, x, batch, noise)
-        real, cond, taps = batch.x, batch.cond, self.taps
+        real, cond, taps = batch.x, batch.cond, m.heads.config.taps
         if real is None or real.shape[1:] != x.shape[1:]:
             got = None if real is None else tuple(real.shape[1:])
             raise InputError(f"{type(self).__name__} needs pictures of {tuple(x.shape[1:])}, got {got}")
@@ -135,12 +131,12 @@ class DMD2(VSD):
         def loss() -> dict[str, Tensor]:
             if self.features == "fake":
                 estimate, fake_features = m.fake.features(y, sigma, cond, taps)
-                real_features = m.fake.activations(data, level, cond, taps)
+                real_features = read(m.fake, m.heads, data, level, cond)
             else:
                 estimate = m.fake(y, sigma, cond)
                 with torch.no_grad():
-                    fake_features = m.teacher.activations(y, sigma, cond, taps)
-                    real_features = m.teacher.activations(data, level, cond, taps)
+                    fake_features = read(m.teacher, m.heads, y, sigma, cond)
+                    real_features = read(m.teacher, m.heads, data, level, cond)
             denoising = (widen(weight, x) * (estimate - x).square()).mean()
             on_real, on_fake = m.heads(real_features), m.heads(fake_features)
             judging = ADVERSARIAL["non-saturating"].discriminator(on_real, on_fake)

@@ -14,6 +14,7 @@ from fewstep.core.role import Models
 from fewstep.distill.dmd2 import DMD2
 from fewstep.errors import InputError, unknown
 from fewstep.loss.matching import DIVERGENCES, density_ratio
+from fewstep.models.discriminator import read
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FDistill(DMD2):
         gan: weight of the GAN term in the student's loss; above 0, because the ratio is the discriminator's.
         critic: weight of the discriminator's loss beside the fake score's.
         features: what the discriminator reads: fake, whose features it trains too, or teacher.
-        taps: names of the activations; the network declares them.
+        taps: names of the activations; without any the bottleneck, or a transformer's middle block.
         hidden: width of the discriminator's head.
     """
 
@@ -66,12 +67,12 @@ class FDistill(DMD2):
         if self.divergence == "reverse-kl":
             return super().judged_estimates(m, y, sigma, cond)
         if self.features == "fake":
-            d_fake, found = m.fake.features(y, sigma, cond, self.taps)
+            d_fake, found = m.fake.features(y, sigma, cond, m.heads.config.taps)
             d_teacher = m.teacher(y, sigma, cond)
         else:
             d_fake = m.fake(y, sigma, cond)
             d_teacher = m.teacher(y, sigma, cond)
-            found = m.teacher.activations(y, sigma, cond, self.taps)
+            found = read(m.teacher, m.heads, y, sigma, cond)
         r = density_ratio(m.heads(found))
         h = DIVERGENCES[self.divergence](per_bin(r, sigma, self.bins) if self.bins else r)
         return d_fake, d_teacher, widen(h / distributed.average(h.mean()), y)

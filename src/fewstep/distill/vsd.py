@@ -125,7 +125,7 @@ class VSD:
         """The student every ``ratio`` iterations, then the fake score on the same samples."""
         cond, levels = batch.cond, self.grid(m.student)
         # The same step for all samples, micro-batches and processes: the ones before it are run for it.
-        k = int(Noise.of(i, 1).integers(0, len(levels), (), "step"))
+        k = int(m.common(i).integers(0, len(levels), (), "step"))
         with torch.no_grad():
             start = rollout(m.student, levels[: k + 1], noise, cond)
         made: list[Tensor] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Game = Literal["hinge", "non-saturating", "least-squares"]
 
 
 class Adversarial(NamedTuple):
@@ -30,18 +32,26 @@ def _softplus(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
+def _squares(real: Tensor, fake: Tensor) -> Tensor:
+    return 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
+
+
 ADVERSARIAL: dict[str, Adversarial] = {
     # arXiv 1705.02894
     "hinge": Adversarial(_hinge, lambda fake: -fake.mean()),
     # arXiv 1406.2661, section 3, in logits
     "non-saturating": Adversarial(_softplus, lambda fake: F.softplus(-fake).mean()),
+    # arXiv 1611.04076, eq. 9: 1 for real and 0 for fake
+    "least-squares": Adversarial(_squares, lambda fake: 0.5 * (fake - 1).square().mean()),
 }
 
 
-def r1(logits: Tensor, inputs: Tensor) -> Tensor:
+def r1(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> Tensor:
     """``E |d logit / d input|^2``, times 1/2 (arXiv 1801.04406, eq. 9, without its gamma); keeps its graph.
 
-    ``logits`` (B, ...), summed over all but the batch, of real ``inputs`` (B, ...), which need a gradient.
+    ``logits`` (B, ...), summed over all but the batch, of real ``inputs`` (B, ...), which need a gradient. Several
+    inputs, such as the features of each tap (arXiv 2311.17042), count as one long one.
     """
-    (slope,) = torch.autograd.grad(logits.float().sum(), inputs, create_graph=True)
-    return 0.5 * slope.float().flatten(1).square().sum(1).mean()
+    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    slopes = torch.autograd.grad(logits.float().sum(), given, create_graph=True)
+    return 0.5 * torch.stack([slope.float().flatten(1).square().sum(1).mean() for slope in slopes]).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fewstep.core.cond import Cond
 from fewstep.core.denoiser import Precond
 from fewstep.core.network import build_network, describe_network, network
 from fewstep.errors import InputError
+from fewstep.models.lora import Shared, targets_of, tree
 
 BANDS, TOP, SHIFT = 64, 16.0, 1e-3
 
@@ -57,6 +58,8 @@ class Extended(nn.Module):
         self.register_buffer("frequencies", torch.logspace(-1, math.log10(TOP), BANDS // 2), persistent=False)
         self.terms = nn.ModuleDict({name: nn.ModuleList() for name in config.inputs})
         self._told: dict[str, Tensor] = {}
+        # Embeddings that are made in every block, which checkpointing runs again.
+        self._inside = len(embeds) > 1
         for k, (place, width) in enumerate(embeds.items()):
             for name in config.inputs:
                 self.terms[name].append(_term(width))  # type: ignore[operator]
@@ -69,15 +72,22 @@ class Extended(nn.Module):
         """``x`` (B, *shape), ``time`` (B,), ``cond`` with the numbers (B,) -> (B, *shape)."""
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         own = {name: value for name, value in cond.items() if name not in self.config.inputs}
+        told: dict[str, Tensor] = {}
+        for name in self.config.inputs:
+            if name in cond:
+                if cond[name].shape != (len(x),):
+                    raise InputError(f"cond[{name!r}] must be ({len(x)},), got {tuple(cond[name].shape)}")
+                phase = (cond[name].to(frequencies) + SHIFT).log()[:, None] / 4 * frequencies * math.pi
+                told[name] = torch.cat([phase.cos(), phase.sin()], 1)
         try:
-            for name in self.config.inputs:
-                if name in cond:
-                    phase = (cond[name].to(frequencies) + SHIFT).log()[:, None] / 4 * frequencies * math.pi
-                    self._told[name] = torch.cat([phase.cos(), phase.sin()], 1)
+            self._told = told
             out: Tensor = self.net(x, time, own)
-            return out
         finally:
             self._told = {}
+        if self._inside and told and out.requires_grad:
+            # A checkpointed block runs again in the backward pass, and must be told again what it was told now.
+            out.register_hook(_Tells(self, told))
+        return out
 
     def added(self, place: int, embedding: Tensor) -> Tensor:
         """The embedding (B, width) of place number ``place`` with the terms of all numbers that were told."""
@@ -97,6 +107,16 @@ class _Adds:
         return self.owner.added(self.place, out)
 
 
+class _Tells:
+    """A hook on an output, whose gradient comes before the blocks run again."""
+
+    def __init__(self, owner: Extended, told: dict[str, Tensor]) -> None:
+        self.owner, self.told = owner, told
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.owner._told = self.told
+
+
 def _term(width: int) -> nn.Sequential:
     made = nn.Sequential(nn.Linear(BANDS, width), nn.SiLU(), nn.Linear(width, width))
     last = made[2]
@@ -109,7 +129,8 @@ def _term(width: int) -> nn.Sequential:
 def extended(denoiser: Precond, *inputs: str) -> Precond:
     """The denoiser on a network that reads ``inputs`` from the condition too; at first it ignores them.
 
-    The weights are shared: copy it before it is trained. A network that reads them already is kept as it is.
+    The weights are shared: copy it before it is trained. The denoiser itself is left as it is. A network that reads
+    them already is kept. Of one that :func:`fewstep.models.lora.share` made, the terms get LoRA layers too.
 
     Raises:
         InputError: see :class:`Extended`.
@@ -119,5 +140,13 @@ def extended(denoiser: Precond, *inputs: str) -> Precond:
         return denoiser
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = Extended(ExtendedConfig(describe_network(net), tuple(inputs)), net)
-    return denoiser.with_net(made.to(next(net.parameters()).device).train(net.training))
+        # A tree of its own, because hooks on the network of the caller would stay there.
+        made = Extended(ExtendedConfig(describe_network(net), tuple(inputs)), tree(net))
+    told = denoiser.with_net(made.to(next(net.parameters()).device).train(net.training))
+    if isinstance(told, Shared):
+        # Targets that name the network's own layers would leave the terms at zero, and the number unread.
+        layers = [f"net.{name}" for name in targets_of(net, told.lora)]
+        told.lora = replace(told.lora, targets=(*layers, *(f"terms.{n}" for n, m in made.terms.named_modules()
+                                                           if isinstance(m, nn.Linear))))  # fmt: skip
+        told.requires_grad_(False)
+    return told

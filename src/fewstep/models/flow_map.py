@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -93,7 +94,45 @@ class Told(Wrapper):
         return cls(denoiser, str(fields["name"]), fields["values"], fields["levels"])
 
 
-def landing(g: Denoiser, table: Tableau) -> Told:
-    """A flow map that is told where each step of ``table`` ends, so that any sampler of single steps can use it."""
-    rows = [k for k in range(len(table.sigmas)) if not bool(table.sigmas[k].isnan())]
-    return Told(g, UNTIL, [float(table.levels[k + 1]) for k in rows], [float(table.sigmas[k]) for k in rows])
+def landing(g: Denoiser, table: Tableau, least: float = 0.0) -> Told:
+    """A flow map that is told where each step of ``table`` ends, so that any sampler of single steps can use it.
+
+    Where a step goes on with fresh noise, that is the level which it comes down to before the noise: ``P a`` in a row
+    ``P x + (1 - P) D``. ``least`` is the lowest level that the flow map knows; a step to below it is told that.
+
+    Raises:
+        InputError: a sampler whose steps need more than their own point and output.
+    """
+    rows = [k for k in range(table.rows) if not bool(table.sigmas[k].isnan())]
+    single = table.rows == len(rows) and not (table.P[:, 1:].any() or table.W[:, 1:].any() or table.Z[:, 1:].any())
+    if not single or float((table.P[:, 0] + table.W[:, 0] - 1).abs().max()) > 1e-9:
+        raise InputError(
+            f"sampler {table.name!r} cannot tell a flow map where its steps end: expected single steps, such as those "
+            "of euler, consistency or tcd"
+        )
+    ends = [max(least, float(table.P[k, 0] * table.sigmas[k])) for k in rows]
+    return Told(g, UNTIL, ends, [float(table.sigmas[k]) for k in rows])
+
+
+@wrapper
+class Clipped(Wrapper):
+    """A denoiser whose estimates are kept within [-``limit``, ``limit``], as few-step samplers of TDD do.
+
+    Raises:
+        InputError: a limit that is not positive and finite.
+    """
+
+    def __init__(self, denoiser: Denoiser, limit: float) -> None:
+        super().__init__(denoiser)
+        if not 0 < limit < math.inf:
+            raise InputError(f"x0 is clipped to a positive limit, got {limit}")
+        self.limit = float(limit)
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
+        """See :class:`fewstep.core.denoiser.Denoiser`."""
+        return self.denoiser(x, sigma, cond).clamp(-self.limit, self.limit)
+
+    @classmethod
+    def rebuilt(cls, denoiser: Denoiser, fields: Mapping[str, Any], conds: Any) -> Clipped:
+        """See :meth:`fewstep.core.denoiser.Wrapper.rebuilt`."""
+        return cls(denoiser, fields["limit"])

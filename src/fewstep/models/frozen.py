@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fewstep.core.cond import Cond
+from fewstep.core.cond import Cond, Nulls
 from fewstep.core.denoiser import Denoiser, Precond, Wrapper, module_of, rewrapped
 from fewstep.errors import InputError
 
@@ -35,6 +35,23 @@ def frozen(D: Denoiser) -> nn.Module:
     if not isinstance(D, nn.Module):
         raise InputError(f"{type(D).__name__} has no weights to train: expected a torch module")
     return D
+
+
+def nulls_of(D: Any) -> Nulls | None:
+    """The null values that guidance around ``D`` uses, for dropping conditions; None where only labels have one.
+
+    Made once where guidance makes them when they are first needed.
+    """
+    D = D.wrapper if isinstance(D, Frozen) else D
+    while isinstance(D, Wrapper):
+        own: Any = getattr(D, "nulls", None)
+        if callable(own):
+            own = own()
+            D.nulls = own  # type: ignore[attr-defined]
+        if own is not None:
+            return cast(Nulls, own)
+        D = D.denoiser
+    return None
 
 
 class Frozen(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +166,11 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """``x`` (B, *shape), ``time`` (B,) -> (B, *shape)."""
+    def forward(self, x: Tensor, time: Tensor, cond: Cond, residuals: Sequence[Tensor] = ()) -> Tensor:
+        """``x`` (B, *shape), ``time`` (B,) -> (B, *shape).
+
+        ``residuals`` are added to the skips, one for each in the encoder's order, and the last to the bottleneck.
+        """
         emb = F.silu(self.embed(time, cond))
         h = self.enter(x)
         skips = [h]
@@ -175,6 +179,10 @@ class UNet(nn.Module):
             skips.append(h)
         for block in self.middle:
             h = block(h, emb)
+        if residuals:
+            *beside, last = residuals
+            skips = [skip + more for skip, more in zip(skips, beside, strict=True)]
+            h = h + last
         for block in self.decoder:
             if block.resample != "up":
                 h = torch.cat([h, skips.pop()], 1)

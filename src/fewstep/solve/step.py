@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fewstep.core.cond import Cond
+from fewstep.core.cond import Batch, Cond
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.path import widen
+from fewstep.errors import InputError
+
+
+def pictures(method: str, batch: Batch, shape: Sequence[int]) -> Tensor:
+    """The pictures (B, *shape) of a batch, checked before ``method`` works on them.
+
+    Raises:
+        InputError: there are none, or they are of another shape.
+    """
+    got = None if batch.x is None else tuple(batch.x.shape[1:])
+    if batch.x is None or got != tuple(shape):
+        raise InputError(f"{method} needs pictures of {tuple(shape)}, as the network takes them, got {got}")
+    return batch.x
 
 
 def ode_step(D: Denoiser, x: Tensor, a: Tensor, b: Tensor, cond: Cond | None = None, *, order: int = 2) -> Tensor:
@@ -23,7 +38,10 @@ def ode_step(D: Denoiser, x: Tensor, a: Tensor, b: Tensor, cond: Cond | None = N
 
 
 def ddim(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``(b / a) x + (1 - b / a) x0``: DDIM from levels ``a`` > 0 to ``b`` >= 0, both (B,), with the estimate ``x0``."""
+    """``(b / a) x + (1 - b / a) x0``: DDIM from levels ``a`` > 0 to ``b`` >= 0, both (B,), with the estimate ``x0``.
+
+    ``b`` may be above ``a``, which is DDIM's inversion.
+    """
     keep = widen(b / a, x)
     return torch.lerp(x0.to(x.dtype), x, keep)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+from fewstep.core.denoiser import Precond, rewrapped
 from fewstep.core.fit import Data
 from fewstep.core.generator import Generator
 from fewstep.core.memory import MemoryEstimate, estimate, hollow
@@ -13,6 +14,7 @@ from fewstep.core.options import FitOptions
 from fewstep.core.role import Method
 from fewstep.errors import InputError
 from fewstep.models.checkpointing import checkpointed
+from fewstep.models.frozen import network_under
 from fewstep.models.lora import LoRA
 from fewstep.train.roles import roles_of
 from fewstep.train.run import offload_of
@@ -43,7 +45,7 @@ def estimate_memory(
     chosen = options or FitOptions()
     # Refused as the run would refuse it, before anything is spent.
     offload_of(chosen, lora)
-    empty: Any = hollow(teacher.network)
+    empty: Any = rewrapped(teacher.denoiser, cast(Precond, hollow(network_under(teacher.denoiser))))
     roles = roles_of(method, replace(teacher, denoiser=empty), lora, lora_roles)
     source = ConditionsOnly(teacher.conds) if data is None else data
     return estimate(method, roles, source, chosen, around=checkpointed if chosen.checkpointing else None)

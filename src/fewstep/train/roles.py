@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from fewstep.core.denoiser import rewrapped
 from fewstep.core.generator import Generator
 from fewstep.core.role import Method, Role
 from fewstep.errors import InputError, unknown
+from fewstep.models.frozen import network_under
 from fewstep.models.lora import Adapted, LoRA, share
 
 
@@ -36,7 +38,8 @@ def roles_of(
             raise unknown("role for LoRA", name, trained)
     if names is not None and not names:
         raise InputError(f"lora_roles are empty: name some of {', '.join(trained)}, or leave lora out")
-    shared = method.roles(replace(start, denoiser=share(start.network, lora)))
+    backbone = rewrapped(start.denoiser, share(network_under(start.denoiser), lora))
+    shared = method.roles(replace(start, denoiser=backbone))
     out = {name: shared[name] if names is None or name in names else role for name, role in full.items()}
     # The teacher must be the backbone itself, or its weights would stand in memory twice.
     out |= {name: shared[name] for name, role in full.items() if role.optim is None}

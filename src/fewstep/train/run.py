@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from fewstep.core.denoiser import Denoiser, Precond, Wrapper, edm, module_of, re
 from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
+from fewstep.core.path import FLOW
 from fewstep.core.role import Method, Models
 from fewstep.core.state import Run
 from fewstep.data import Data as PictureData
@@ -29,19 +30,25 @@ from fewstep.models.lora import Adapted, LoRA, merge
 from fewstep.models.offload import offloaded
 from fewstep.report.pictures import save_grid
 from fewstep.solve.heun import heun
+from fewstep.train.flow_matching import LEAST, PURE_NOISE, flow_sampler
 from fewstep.train.roles import roles_of
 
 
-def untrained(data: PictureData, network: str = "unet", *, seed: int = 0, **size: Any) -> Generator:
-    """A generator with fresh weights for the shape, classes and spread of ``data``, in EDM's preconditioning.
+def untrained(
+    data: PictureData, network: str = "unet", *, seed: int = 0, path: Literal["edm", "flow"] = "edm", **size: Any
+) -> Generator:
+    """A generator with fresh weights for the shape, classes and spread of ``data``.
 
-    ``network`` is "unet" or "resmlp"; ``size`` changes fields of its config.
+    ``network`` is "unet" or "resmlp"; ``size`` changes fields of its config. ``path`` is "edm" for EDM's
+    preconditioning, or "flow" for a network that predicts the velocity of straight paths from pure noise.
 
     Raises:
-        InputError: an unknown network or field, or pictures it cannot be built for.
+        InputError: an unknown network, path or field, or pictures it cannot be built for.
     """
     if network not in ("unet", "resmlp"):
         raise unknown("network", network, ("unet", "resmlp"))
+    if path not in ("edm", "flow"):
+        raise unknown("path to train on", path, ("edm", "flow"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -51,8 +58,13 @@ def untrained(data: PictureData, network: str = "unet", *, seed: int = 0, **size
                 net = ResMLP(ResMLPConfig(data.shape, data.classes, **size))
         except TypeError as error:
             raise InputError(f"network {network!r} cannot take {sorted(size)}: {error}") from None
-    denoiser = edm(net, data.shape, sigma_data=round(data.std, 4))
-    conds = Classes(tuple(data.frequencies)) if data.classes else None
+    conds, spread = Classes(tuple(data.frequencies)) if data.classes else None, round(data.std, 4)
+    if path == "flow":
+        flow = Precond(
+            net, data.shape, path=FLOW, predicts="velocity", sigma_min=LEAST, sigma_max=PURE_NOISE, sigma_data=spread
+        )
+        return Generator(flow, flow_sampler(flow, 18, "heun"), None, conds)
+    denoiser = edm(net, data.shape, sigma_data=spread)
     return Generator(denoiser, heun(karras(18, denoiser.sigma_min, denoiser.sigma_max)), None, conds)
 
 

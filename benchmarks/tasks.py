@@ -1,0 +1,166 @@
+"""What methods are compared on: data, a teacher that anyone can train again, and how pictures are scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep import Generator, Mixture
+from fewstep.core.role import Ema, Optim
+from fewstep.data import Images, load_data
+from fewstep.errors import InputError, unknown
+from fewstep.report.rows import measure_sampler
+from fewstep.train import EDMTraining, train, untrained
+
+Scores = dict[str, float]
+MODES, RADIUS, SPREAD = 8, 0.7, 0.05
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem.
+
+    Attributes:
+        data: word of :func:`fewstep.data.load_data`; empty where --data names a file, or for ``make``.
+        network: of the teacher, unet or resmlp.
+        size: fields of its config that differ from the usual.
+        steps: of the teacher's training.
+        batch: pictures per step, of the teacher's training and of every method's.
+        lr: of the teacher's training.
+        metrics: what pictures are scored by.
+        resize: side of the pictures; None keeps them.
+        make: makes the data, for tasks whose data are no files.
+        score: scores pictures, where the usual metrics do not apply.
+        elsewhere: the benchmark that measures this task instead.
+    """
+
+    data: str = ""
+    network: str = "resmlp"
+    size: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2500
+    batch: int = 256
+    lr: float = 2e-3
+    metrics: tuple[str, ...] = ("fd", "pixel_fd", "precision", "recall", "accuracy")
+    resize: int | None = None
+    make: Callable[[], Any] | None = None
+    score: Callable[[Tensor, int], Scores] | None = None
+    elsewhere: str | None = None
+
+    def load(self, file: str = "") -> Any:
+        """The data set; ``file`` is --data.
+
+        Raises:
+            InputError: a task that needs a file and got none, or one that has a benchmark of its own.
+        """
+        if self.elsewhere is not None:
+            raise InputError(f"this task is measured by `python benchmarks/{self.elsewhere}`: run that")
+        if self.make is not None:
+            return self.make()
+        if not (self.data or file):
+            raise InputError("this task needs --data: the Parquet file of its pictures")
+        return load_data(self.data or file, resize=self.resize)
+
+    def teacher(self, data: Any, out: Path, *, steps: int | None = None, device: str = "cpu") -> Generator:
+        """Trained in ``out``, or the finished one of an earlier call."""
+        method = EDMTraining(optim=Optim(lr=self.lr, warmup=100, decay="cosine", clip=1.0), ema=Ema(power=0.08))
+        if (out / "fewstep.json").is_file():
+            return Generator.load(out, device=device)
+        return train(
+            untrained(data, self.network, **self.size), method, data, out=out, budget=steps or self.steps,
+            batch=self.batch, resume=(out / "recipe.json").is_file(), device=device, progress=False,
+        )  # fmt: skip
+
+    def measure(self, made: Generator, sampler: Any, data: Any, n: int, seed: int) -> Scores:
+        """The metrics of ``n`` pictures at ``seed``, and their counted evaluations as ``nfe``."""
+        if self.score is not None:
+            found = self.score(made.sample(n, seed=seed, sampler=sampler, batch=4000, progress=False), seed)
+            return {**found, "nfe": float(sampler.nfe)}
+        names = tuple(m for m in self.metrics if m != "accuracy" or made.conds is not None)
+        pixels = {"extractor": "pixel"} if set(names) == {"pixel_fd"} else {}
+        row = measure_sampler(
+            made, sampler, data, name="", group="solver", command="", n=n, seed=seed, metrics=names, **pixels
+        )
+        return {**{k.partition("@")[0]: v for k, v in row.metrics.items()}, "nfe": float(row.nfe)}
+
+
+def ring() -> Mixture:
+    """Eight narrow Gaussians on a circle, as pictures of one row and two pixels."""
+    angle = torch.arange(MODES, dtype=torch.float64) * 2 * math.pi / MODES
+    means = RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
+    return Mixture(means[:, None, None, :], SPREAD**2)
+
+
+def ring_data(n: int = 20_000) -> Images:
+    """Draws of :func:`ring`."""
+    return Images("ring", ring().draw(n, seed=5).float())
+
+
+def ring_score(pictures: Tensor, seed: int) -> Scores:
+    """Distances of points to the law of :func:`ring`, which is known.
+
+    ``energy``: the energy distance to as many fresh draws, ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, 0 for equal laws.
+    ``modes``: of 8, those with a tenth of their share within three standard deviations. ``mode_kl``: divergence in nats
+    of the nearest modes from equal shares. ``precision``: points within three standard deviations of a mode (.989 of
+    the law's own).
+    """
+    law = ring()
+    x, y = pictures.double().flatten(1), law.draw(len(pictures), seed=1000 + seed).flatten(1)
+
+    def within(a: Tensor) -> float:
+        n = len(a)
+        return float(sum(torch.cdist(part, a).sum() for part in a.split(500))) / (n * (n - 1))
+
+    between = float(sum(torch.cdist(part, y).sum() for part in x.split(500))) / (len(x) * len(y))
+    gap, nearest = torch.cdist(x, law.means.flatten(1)).min(1)
+    inside = gap < 3 * SPREAD
+    counts = torch.bincount(nearest[inside], minlength=MODES)
+    share = torch.bincount(nearest, minlength=MODES).double() / len(x)
+    return {
+        "energy": 2 * between - within(x) - within(y),
+        "modes": float((counts > 0.1 * len(x) / MODES).sum()),
+        "mode_kl": float(torch.special.xlogy(share, share * MODES).sum()),
+        "precision": float(inside.double().mean()),
+    }
+
+
+TASKS: dict[str, Task] = {
+    "digits": Task("digits", "unet", {}, 3000, lr=3e-3),
+    "stacked-digits": Task(
+        "stacked-digits",
+        "resmlp",
+        {"width": 512, "embedding": 64},
+        3000,
+        lr=1.5e-3,
+        metrics=("fd", "pixel_fd", "precision", "recall", "modes"),
+    ),
+    "cifar8": Task("", "resmlp", {"width": 512, "embedding": 96}, 4000, lr=1.5e-3, metrics=("pixel_fd",), resize=8),
+    "cifar32": Task("", "unet", {}, 60_000, lr=1e-3, metrics=("pixel_fd",)),
+    "ring": Task(
+        "",
+        "resmlp",
+        {"width": 128, "embedding": 32, "blocks": 3},
+        3000,
+        512,
+        metrics=("energy", "modes", "mode_kl", "precision"),
+        make=ring_data,
+        score=ring_score,
+    ),
+    "sr-digits": Task(elsewhere="super_resolution.py"),
+}
+
+
+def task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]

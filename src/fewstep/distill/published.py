@@ -1,0 +1,162 @@
+"""What the papers trained with, in one place, and how that is carried over to a network and a data set of another size.
+
+A learning rate that suits 55 million parameters is too small for one million, and a budget of 400 million pictures is
+no use on 1797 digits. :func:`scaled` and :func:`suggested` do the carrying over; ``PUBLISHED`` holds the papers' own
+numbers, one row for each method. A new method adds a row; one without a row keeps its own defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from fewstep.core.denoiser import Precond, module_of
+from fewstep.core.generator import Generator
+from fewstep.core.role import Optim
+from fewstep.errors import InputError
+
+# Above this Adam is unstable on the networks that anybody distils, however small: see :func:`scaled`.
+HIGHEST = 1e-3
+CIFAR10, IMAGENET = 50_000, 1_281_167
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published training.
+
+    Attributes:
+        lr: peak learning rate, by the field of the method that holds the optimizer.
+        parameters: of the published student.
+        batch: pictures per iteration.
+        iterations: of the training; of all stages together where there are several.
+        source: where the numbers stand: paper, table or configuration.
+        data: pictures in the training set; None for a method that uses none.
+    """
+
+    lr: Mapping[str, float]
+    parameters: float
+    batch: int
+    iterations: int
+    source: str
+    data: int | None = CIFAR10
+
+    @property
+    def images(self) -> int:
+        """Pictures that the published training saw."""
+        return self.batch * self.iterations
+
+
+PUBLISHED: dict[str, Published] = {
+    # 8192 to 1 steps: 11 stages of 50k iterations and two of 100k. The network counts about 60 M parameters.
+    "progressive": Published({"optim": 1e-4}, 60e6, 128, 750_000, "arXiv 2202.00512, CIFAR-10"),
+    "cd": Published({"optim": 4e-4}, 56e6, 512, 800_000, "arXiv 2303.01469, table 3, CIFAR-10"),
+    "ct": Published({"optim": 1e-4}, 56e6, 1024, 400_000, "arXiv 2310.14189, CIFAR-10"),
+    "ect": Published({"optim": 1e-4}, 55.7e6, 128, 200_000, "arXiv 2406.14548, run_ecm.sh, CIFAR-10"),
+    "sfd": Published({"optim": 5e-5}, 55.7e6, 128, 1_563, "arXiv 2409.19681, CIFAR-10, 200k trajectories", None),
+    "sid": Published(
+        {"student": 1e-5, "fake": 1e-5}, 55.7e6, 256, 1_953_125, "arXiv 2404.04057, CIFAR-10, 500M pictures", None
+    ),
+}
+
+
+def name_of(method: Any) -> str | None:
+    """The name on the command line of a method; None for one that has none."""
+    # Not at the top, because a list of methods needs all their files.
+    from fewstep.distill.front import METHODS
+
+    return next((name for name, kind in METHODS.items() if kind is type(method)), None)
+
+
+def parameters_of(teacher: Generator) -> int:
+    """How many numbers the teacher's network trains.
+
+    Raises:
+        InputError: a denoiser without a network.
+    """
+    module = module_of(teacher.denoiser)
+    if not isinstance(module, Precond):
+        raise InputError(f"{type(teacher.denoiser).__name__} has no network, so that its size is not known")
+    return sum(p.numel() for p in module.parameters())
+
+
+def optimizers(method: Any) -> tuple[str, ...]:
+    """The fields of a method that hold optimizers."""
+    return tuple(f.name for f in fields(method) if isinstance(getattr(method, f.name), Optim))
+
+
+def scaled(method: Any, teacher: Generator, *, fixed: Sequence[str] = (), published: bool = False) -> Any:
+    """The method with the published learning rates, carried over to the size of the teacher's network.
+
+    ``lr * sqrt(P_published / P_own)``, at most 1e-3. Every published optimizer is set, but for the fields in ``fixed``;
+    with ``published`` the rates are the paper's own. A method without a row in ``PUBLISHED`` is returned as it is.
+
+    The rule is Adam's: a step moves every weight by about lr, and a layer's output by about lr times its width, which
+    is the root of the number of parameters (1 / width for hidden layers, arXiv 2203.03466). The rates that the digits
+    benchmarks use, with 0.7 M parameters, are up to 3.4 times the rule's, as their budgets are short: progressive
+    distillation 1e-3 (rule 9.3e-4; 3e-4 was worse at 1, 2 and 4 steps, see docs/cards/progressive.md), SFD 1e-3
+    (4.5e-4), SiD 3e-4 (8.9e-5). For CD the rule gives 3.6e-3, where 1e-3 was no better than 3e-4 at two and
+    four evaluations in short runs: hence the ceiling.
+
+    Raises:
+        InputError: a field in ``fixed`` that holds no optimizer, or a teacher without a network.
+    """
+    known = optimizers(method)
+    wrong = [name for name in fixed if name not in known]
+    if wrong:
+        raise InputError(f"{type(method).__name__} has no optimizer {wrong[0]!r}, only {', '.join(known) or 'none'}")
+    row = PUBLISHED.get(name_of(method) or "")
+    if row is None:
+        return method
+    factor = 1.0 if published else math.sqrt(row.parameters / parameters_of(teacher))
+    changed = {
+        name: replace(getattr(method, name), lr=lr if published else _rounded(min(HIGHEST, lr * factor)))
+        for name, lr in row.lr.items()
+        if name in known and name not in fixed
+    }
+    return replace(method, **changed)
+
+
+def told(before: Any, after: Any, teacher: Generator) -> str | None:
+    """One line on what :func:`scaled` set; None where it set nothing."""
+    row = PUBLISHED.get(name_of(after) or "")
+    changed = [n for n in optimizers(after) if getattr(before, n).lr != getattr(after, n).lr]
+    if row is None or not changed:
+        return None
+    rates = ", ".join(f"--{name}.lr {getattr(after, name).lr:g} (published {row.lr[name]:g})" for name in changed)
+    size = f"{parameters_of(teacher) / 1e6:.2g} M parameters, published {row.parameters / 1e6:.3g} M"
+    return f"learning rate for {size}: {rates}; give it, or --published, to choose"
+
+
+class Suggestion(NamedTuple):
+    """How long a paper's training would be here: pictures, and iterations at the published batch."""
+
+    images: int
+    iterations: int
+
+
+def suggested(name: str, teacher: Generator, examples: int | None = None) -> Suggestion | None:
+    """The published budget, carried over to this teacher and to ``examples`` pictures of data; None without a row.
+
+    The smaller of two: the published pictures in proportion to the parameters, and as many passes over the data as the
+    paper made. It is an upper estimate: the students of 0.7 M parameters in docs/cards reached their teacher's quality
+    with a third to a tenth of it.
+
+    Raises:
+        InputError: a teacher without a network, or no examples.
+    """
+    if examples is not None and examples < 1:
+        raise InputError(f"a budget for {examples} pictures of data: expected at least 1")
+    row = PUBLISHED.get(name)
+    if row is None:
+        return None
+    images = row.images * min(1.0, parameters_of(teacher) / row.parameters)
+    if examples is not None and row.data is not None:
+        images = min(images, row.images * examples / row.data)
+    return Suggestion(math.ceil(images), math.ceil(images / row.batch))
+
+
+def _rounded(rate: float) -> float:
+    """Two digits, so that a command with the rate in it can be read and repeats the run."""
+    return float(f"{rate:.2g}")

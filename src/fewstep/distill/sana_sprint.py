@@ -1,0 +1,154 @@
+"""SANA-Sprint (arXiv 2503.09641): continuous-time consistency distillation and a latent adversarial loss in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core.cond import Batch
+from fewstep.core.generator import Generator
+from fewstep.core.noise import Noise
+from fewstep.core.path import widen
+from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
+from fewstep.distill.scm import SCM
+from fewstep.errors import InputError, unknown
+from fewstep.loss.gan import ADVERSARIAL
+from fewstep.models.discriminator import Discriminator, discriminator_config, judged
+from fewstep.models.frozen import frozen
+
+
+@dataclass(frozen=True)
+class SanaSprint(SCM):
+    """sCM's loss and an adversarial one on the teacher's features, from a flow-matching teacher as it is. Needs data.
+
+    The teacher is seen in TrigFlow's coordinates by exact algebra, without retraining. The adversarial loss judges the
+    student's own x0, noised again, by heads on features of the frozen teacher; half of the time that x0 is made from
+    pure noise. One student serves one to four evaluations.
+
+    Attributes:
+        steps: evaluations of the shipped sampler; training is the same for all.
+        middle: angles t = atan(sigma / sigma_data) of the sampler between the first level and 0, falling, ``steps - 1``
+            of them. Without any: 1.3 for two evaluations, as published, otherwise evenly spaced.
+        source: of the trajectories: teacher, as published, or data.
+        sigma_data: spread of the data in TrigFlow's angle; None is the teacher's own number.
+        sigma_max: the highest level that is trained, and that sampling starts from; None is the teacher's.
+        mean: of ln sigma in the draw of levels.
+        std: of ln sigma in that draw.
+        tame: of the tangent: norm (its root mean square is put below 1), clip (entries within [-1, 1]) or none.
+        constant: c in norm's g / (|g| + c).
+        warmup: share of the run in which the unstable part of the tangent grows from 0 to full; 0 starts in full.
+        prior: whether losses are weighed by 1 / sigma.
+        adaptive: whether the variance of the consistency loss at each level is learned and divided out.
+        tangent: how it is computed: forward (exact), difference (central differences), or auto.
+        optim: of the student; the paper's is CAME with lr 2e-6.
+        variance: of the learned variance.
+        ema: the average that ships.
+        consistency: weight of the consistency loss; 0 leaves it and its cost out.
+        adversarial: weight of the adversarial loss; 0 leaves it, its heads and their cost out.
+        game: form of the adversarial loss: hinge, as published, or non-saturating.
+        top: share of the pictures that are judged, which are made from the highest level; 0 draws all levels alike.
+        taps: features of the teacher that the heads read; none are those that suit its kind of network.
+        hidden: width of each head.
+        heads: how the heads are trained.
+        judge_mean: of ln sigma at which pictures are judged.
+        judge_std: of ln sigma at which pictures are judged.
+    """
+
+    published_middle: ClassVar[float] = 1.3
+
+    mean: float = 0.2
+    std: float = 1.6
+    optim: Optim = Optim(lr=1e-4, betas=(0.9, 0.99), decay="cosine", clip=1.0)
+    ema: Ema = Ema(power=0.05)
+    consistency: float = 1.0
+    adversarial: float = 0.5
+    game: str = "hinge"
+    top: float = 0.5
+    taps: tuple[str, ...] = ()
+    hidden: int = 128
+    heads: Optim = Optim(lr=1e-4, betas=(0.0, 0.99))
+    judge_mean: float = -0.6
+    judge_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.consistency, self.adversarial) < 0 or not self.consistency + self.adversarial > 0:
+            raise InputError(
+                "SanaSprint needs weights >= 0 that are not both 0, got consistency="
+                f"{self.consistency} and adversarial={self.adversarial}"
+            )
+        if not 0 <= self.top <= 1 or not self.judge_std > 0 or self.hidden < 1:
+            raise InputError(
+                f"SanaSprint needs 0 <= top <= 1, judge_std > 0 and hidden >= 1, got {self.top}, {self.judge_std} and "
+                f"{self.hidden}"
+            )
+        if self.game not in ADVERSARIAL:
+            raise unknown("adversarial loss", self.game, ADVERSARIAL)
+
+    def roles(self, teacher: Generator) -> dict[str, Role]:
+        """sCM's, and the heads; what a weight of 0 leaves out has no role.
+
+        Raises:
+            InputError: see :meth:`SCM.roles` and :func:`fewstep.models.discriminator.discriminator_config`.
+        """
+        roles = super().roles(teacher)
+        if not self.consistency:
+            roles.pop("variance", None)
+        if self.adversarial:
+            # Sizes first, so that a wrong tap is named before anything runs.
+            config = discriminator_config(teacher, self.taps, self.hidden)
+            made = frozen(teacher.denoiser)
+            roles |= {
+                "teacher": Role(lambda: made),
+                "heads": Role(lambda: Discriminator(config), self.heads),
+            }
+        return roles
+
+    def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
+        """The student on both losses, then the heads on the pictures that it has just made."""
+        found = self.point(m, batch, noise) if self.consistency else None
+        fakes: list[Tensor] = []
+
+        def student() -> Losses:
+            parts: dict[str, Tensor] = {}
+            if found is not None:
+                made = self.loss(m, *found, batch.cond)
+                parts["consistency"] = self.consistency * (made if isinstance(made, Tensor) else made["loss"])
+            if self.adversarial:
+                fake = self.guess(m, batch, noise.fold("guess"))
+                fakes.append(fake.detach())
+                logits = self.judge(m, fake, batch, noise.fold("student"))
+                parts["adversarial"] = self.adversarial * ADVERSARIAL[self.game].generator(logits)
+            return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+
+        with_variance = bool(self.consistency) and self.adaptive
+        yield Update(("student", "variance") if with_variance else "student", student)
+        if self.adversarial:
+            yield Update("heads", lambda: self.verdict(m, batch, fakes[0], noise.fold("heads")))
+
+    def guess(self, m: Models, batch: Batch, noise: Noise) -> Tensor:
+        """The student's x0 (B, ...) from a noised picture, a share ``top`` of them from the highest level."""
+        x0 = batch.x
+        assert x0 is not None
+        low, top = self.ends(m.student)
+        sigma = self.levels(noise, low, top)
+        sigma = torch.where(noise.uniform((), "top") < self.top, torch.full_like(sigma, top), sigma)
+        out: Tensor = m.student(x0 + widen(sigma, x0) * noise.normal(x0.shape[1:], "n"), sigma, batch.cond)
+        return out
+
+    def judge(self, m: Models, x: Tensor, batch: Batch, noise: Noise, own: str = "n") -> Tensor:
+        """Logits (B, n) of pictures ``x`` (B, ...), noised to a level of the judges' own draw by the noise ``own``."""
+        low, top = m.teacher.sigma_min, m.teacher.sigma_max
+        draw = noise.normal((), "level", dtype=torch.float64) * self.judge_std + self.judge_mean
+        sigma = draw.exp().clamp(low, top)
+        return judged(m.teacher, m.heads, x + widen(sigma, x) * noise.normal(x.shape[1:], own), sigma, batch.cond)
+
+    def verdict(self, m: Models, batch: Batch, fake: Tensor, noise: Noise) -> Mapping[str, Tensor]:
+        """The heads' loss on real pictures and the student's, both at the same levels."""
+        assert batch.x is not None
+        real, made = (self.judge(m, x, batch, noise, name) for name, x in (("real", batch.x), ("fake", fake)))
+        return {"loss": ADVERSARIAL[self.game].discriminator(real, made), "gap": (real.mean() - made.mean()).detach()}

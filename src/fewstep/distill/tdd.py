@@ -1,0 +1,289 @@
+"""Target-driven distillation (TDD, arXiv 2409.01347): consistency towards the levels that few-step samplers visit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.cond import Batch, drop
+from fewstep.core.denoiser import Denoiser, Wrapper
+from fewstep.core.generator import Generator
+from fewstep.core.noise import Noise
+from fewstep.core.path import Path, widen
+from fewstep.core.pipeline import TextConditions
+from fewstep.core.role import Ema, Models, Optim, Role, Update
+from fewstep.core.tableau import Tableau
+from fewstep.errors import InputError, unknown
+from fewstep.grid.base import check_falling
+from fewstep.guide.cfg import CFG
+from fewstep.models.flow_map import Clipped
+from fewstep.models.frozen import frozen, network_under, nulls_of
+from fewstep.solve.consistency import tcd
+from fewstep.solve.step import ddim, pictures
+
+Aim = Literal["drawn", "any", "end"]
+AIMS = ("drawn", "any", "end")
+Weight = Literal["edm", "landing"]
+WEIGHTS = ("edm", "landing")
+PURE_NOISE = 1e5
+# Shares of the native time at which the published sampler calls the network, by its number of steps.
+UNEVEN: dict[int, tuple[float, ...]] = {
+    5: (1.0, 0.875, 0.751, 0.499, 0.251),
+    6: (1.0, 0.875, 0.751, 0.627, 0.499, 0.251),
+    7: (1.0, 0.875, 0.751, 0.627, 0.499, 0.375, 0.251),
+}
+
+
+@dataclass(frozen=True)
+class TDD:
+    """Trains the student to land, in one DDIM step to a drawn level, where it lands from the teacher's next point.
+
+    Times are shares u of the teacher's native time, 0 at its lowest level and 1 at its highest. Needs data.
+
+    Attributes:
+        steps: evaluations of the shipped sampler, 4 to 8 in the paper; training is the same for all of ``schedules``.
+        grid: DDIM steps of the teacher, of which each iteration takes one; 250 in the paper.
+        target: where the two steps land: drawn is the paper's choice, any is uniform below the teacher's point, end is
+            always the lowest level, as in consistency distillation.
+        schedules: numbers of steps whose even schedules make up the levels that are drawn from.
+        window: how far below the highest of these that is below the teacher's point others may be drawn, as a share.
+        s_ratio: a drawn level is moved down by a share of its time, uniform below this; 0.3 in the paper.
+        guidance: scale of the guidance around the teacher, 1 is none. The published w of 3.5 is scale 4.5.
+        null_share: share of examples without their condition, in teacher and student alike, so that the student can be
+            guided by any scale itself (decoupled guidance); 0.2 in the paper.
+        huber: c of the pixel-wise Huber loss, 0.001 in the paper.
+        weight: of an error in the student's estimate: edm is the inverse of what EDM's preconditioning scales a
+            network's output by, the same for every landing; landing is the paper's, the difference where both land.
+        eta: of the sampler: 0 follows the trajectory; above, it steps to ``(1 - eta)`` times the next time and adds
+            noise.
+        schedule: of the sampler: even, or the published uneven places of 5, 6 and 7 steps.
+        clip: bound of the estimate of x0 at sampling; None clips nothing.
+        sigma_max: the highest level; None is the teacher's.
+        optim: of the student; the paper's lr is 1e-6 for LoRA of rank 64 on SDXL.
+        ema: the average that ships; the paper keeps none.
+    """
+
+    needs_data: ClassVar[bool] = True
+    any_steps: ClassVar[bool] = True
+
+    steps: int = 4
+    grid: int = 250
+    target: Aim = "drawn"
+    schedules: tuple[int, ...] = (4, 5, 6, 7, 8)
+    window: float = 0.26
+    s_ratio: float = 0.3
+    guidance: float = 1.0
+    null_share: float = 0.2
+    huber: float = 1e-3
+    weight: Weight = "edm"
+    eta: float = 0.0
+    schedule: Literal["even", "uneven"] = "even"
+    clip: float | None = None
+    sigma_max: float | None = None
+    optim: Optim = Optim(lr=1e-4, clip=1.0)
+    ema: Ema = Ema(power=0.05)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.grid < 2 or not self.schedules or min(self.schedules) < 1:
+            raise InputError(f"TDD needs steps >= 1, grid >= 2 and schedules of steps >= 1, got {self}")
+        for what, value in (("s_ratio", self.s_ratio), ("null_share", self.null_share), ("eta", self.eta)):
+            if not 0 <= value <= 1:
+                raise InputError(f"TDD needs {what} within [0, 1], got {value}")
+        if not (self.window >= 0 and self.huber > 0 and (self.clip is None or self.clip > 0)):
+            raise InputError(f"TDD needs window >= 0, huber > 0 and clip > 0, got {self}")
+        for what, name, known in (
+            ("target", self.target, AIMS),
+            ("schedule", self.schedule, ("even", "uneven")),
+            ("weight", self.weight, WEIGHTS),
+        ):
+            if name not in known:
+                raise unknown(what, name, known)
+        if self.schedule == "uneven" and self.steps not in UNEVEN:
+            raise InputError(f"the uneven schedule has {', '.join(map(str, UNEVEN))} steps, got steps={self.steps}")
+
+    def roles(self, teacher: Generator) -> dict[str, Role]:
+        """The student starts as the network of the teacher, which is guided as asked for.
+
+        Raises:
+            InputError: guidance of an unconditional or of a guided teacher, or what :func:`native_levels` refuses.
+        """
+        self.levels(teacher.denoiser)
+        made, whole = network_under(teacher.denoiser), frozen(guided_for(teacher, self.guidance, "TDD"))
+        return {
+            "teacher": Role(lambda: whole),
+            "student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True),
+        }
+
+    def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
+        """Algorithm 1, with what both land at solved for the estimate of x0 that the student should have had.
+
+        ``J(x_a, a, c) = J(x_b, b, c)`` holds where ``D(x_a)`` is ``D(x_b)`` drawn towards the teacher's estimate by the
+        share ``c (a - b) / (b (a - c))``, which is 1 where the teacher's step reaches ``c``. A difference between such
+        estimates loses nothing to the noise that both landings share.
+        """
+        x0 = pictures("TDD", batch, m.student.shape)
+        j = noise.integers(1, self.grid + 1, (), "level")
+        below = (j - 1).double() / self.grid
+        shares = torch.stack([j.double() / self.grid, below, self.aims(below, noise)])
+        a, b, c = native_levels(m.student, shares, self.sigma_max)
+        cond = batch.cond
+        if self.null_share:
+            cond = drop(cond, noise.uniform((), "null") < self.null_share, nulls_of(m.teacher))
+        x_a = x0 + widen(a, x0) * noise.normal(x0.shape[1:], "n")
+        with torch.no_grad():
+            taught = m.teacher(x_a, a, cond)
+            x_b = ddim(x_a, taught, a, b)
+            drawn = widen(c * (a - b) / (b * (a - c)), x_a)
+            aim = torch.lerp(m.student(x_b, b, cond), taught, drawn)
+        weight = (
+            edm_weight(a, m.student.sigma_data) if self.weight == "edm" else native_scale(m.student, c) * (1 - c / a)
+        )
+
+        def loss() -> Tensor:
+            return huber(widen(weight, x_a) * (m.student(x_a, a, cond) - aim), self.huber)
+
+        yield Update("student", loss)
+
+    def aims(self, below: Tensor, noise: Noise) -> Tensor:
+        """(B,) float64: the share of the native time to land at, at most ``below`` (B,), the teacher's."""
+        if self.target == "end":
+            return torch.zeros_like(below)
+        share = noise.uniform((), "aim", dtype=torch.float64)
+        if self.target == "any":
+            return share * below
+        known = visited(self.schedules).to(below.device)
+        # Rounded as the grid is, so that a visited level that is on the grid counts as reached.
+        most = torch.searchsorted(known, below + 1e-9, right=True) - 1
+        least = torch.searchsorted(known, known[most] - self.window - 1e-9)
+        picked = known[least + (share * (most - least + 1)).long()]
+        return picked.minimum(below) * (1 - noise.uniform((), "moved", dtype=torch.float64) * self.s_ratio)
+
+    def levels(self, D: Denoiser) -> Tensor:
+        """(steps + 1,) float64: the levels of the shipped sampler, falling to 0.
+
+        Raises:
+            InputError: see :func:`native_levels`.
+        """
+        even = (torch.arange(self.steps, 0, -1, dtype=torch.float64) / self.steps).tolist()
+        shares = torch.tensor(UNEVEN[self.steps] if self.schedule == "uneven" else even, dtype=torch.float64)
+        falling = native_levels(D, shares, self.sigma_max)
+        return check_falling(torch.cat([falling, falling.new_zeros(1)]), f"TDD's schedule of {self.steps} steps")
+
+    def sampler(self, teacher: Generator) -> Tableau:
+        """Steps along the trajectory, with noise where ``eta`` is above 0 (:func:`fewstep.solve.consistency.tcd`)."""
+        return tcd(self.levels(teacher.denoiser), gamma=self.eta, frame=path_of(teacher.denoiser))
+
+    def ships(self, network: Denoiser) -> Denoiser:
+        """The student, its estimates clipped if that was asked for."""
+        return network if self.clip is None else Clipped(network, self.clip)
+
+
+@lru_cache(maxsize=8)
+def visited(schedules: tuple[int, ...]) -> Tensor:
+    """The shares of the native time, rising from 0, that even schedules of these numbers of steps visit."""
+    shares = {0.0} | {k / steps for steps in schedules for k in range(1, steps + 1)}
+    return torch.tensor(sorted(shares), dtype=torch.float64)
+
+
+def guided_for(teacher: Generator, scale: float, method: str) -> Denoiser:
+    """The teacher under guidance of ``scale``, which also holds the null values of its conditions.
+
+    Raises:
+        InputError: guidance of an unconditional teacher, or of one that is guided already.
+    """
+    D, conds = teacher.denoiser, teacher.conds
+    if scale != 1 and conds is None:
+        raise InputError(
+            f"{method}(guidance={scale:g}) needs a teacher with classes or prompts: this has no conditions"
+        )
+    if scale != 1 and isinstance(D, Wrapper):
+        raise InputError(
+            f"{method}(guidance={scale:g}): the teacher is a {type(D).__name__} already: leave guidance out"
+        )
+    if conds is None or isinstance(D, Wrapper):
+        return D
+    nulls = (lambda: dict(conds.nulls(""))) if isinstance(conds, TextConditions) else None
+    return CFG(D, scale, nulls)
+
+
+def path_of(D: Any) -> Path:
+    """The path of the network under a denoiser.
+
+    Raises:
+        InputError: it has none.
+    """
+    inner = D.inner if isinstance(D, Wrapper) else D
+    path = getattr(inner, "path", None)
+    if not isinstance(path, Path):
+        raise InputError(f"{type(inner).__name__} has no path, so no native time: expected a Precond")
+    return path
+
+
+def native_levels(D: Denoiser, shares: Tensor, sigma_max: float | None = None) -> Tensor:
+    """The levels at shares of the native time, 0 at the lowest level and 1 at the highest; float64, shaped like shares.
+
+    Raises:
+        InputError: no path, a highest level outside of the denoiser's, or pure noise for a network that predicts noise.
+    """
+    low, known = D.sigma_min, D.sigma_max
+    top = known if sigma_max is None else sigma_max
+    if not low < top <= known:
+        raise InputError(f"sigma_max={top:g} is outside of the teacher's levels, {low:g} to {known:g}: leave it out")
+    inner: Any = D.inner if isinstance(D, Wrapper) else D
+    path = path_of(D)
+    if top > PURE_NOISE and getattr(inner, "predicts", None) == "noise":
+        raise InputError(
+            f"a network that predicts noise says nothing of x0 at sigma {top:g}, pure noise: set sigma_max, such as "
+            "80, or use a teacher that predicts x0, v or velocity"
+        )
+    first, last = path.at(low), path.at(top)
+    sigma = path.sigma(first.to(shares.device) + shares * (last - first).to(shares.device))
+    # Rounding would leave the ends off the teacher's levels.
+    sigma = torch.where(shares >= 1, torch.full_like(sigma, top), sigma)
+    return torch.where(shares <= 0, torch.full_like(sigma, low), sigma)
+
+
+def native_huber(D: Denoiser, x: Tensor, y: Tensor, level: Tensor, c: float) -> Tensor:
+    """:func:`huber` of ``x - y`` in the network's own coordinates.
+
+    ``x`` and ``y`` (B, ...) are at ``level`` (B,), where the network's own state is ``a`` times as large: the papers
+    compare those, and at high noise the difference would otherwise count far more.
+    """
+    return huber(widen(native_scale(D, level), x) * (x - y), c)
+
+
+def native_scale(D: Denoiser, level: Tensor) -> Tensor:
+    """The weight of the picture in the network's own state at ``level``; float64, of its shape."""
+    path = path_of(D)
+    return path.coeffs(path.at(level.clamp(min=D.sigma_min))).a
+
+
+def edm_weight(level: Tensor, sigma_data: float) -> Tensor:
+    """``sqrt(level^2 + sigma_data^2) / (level sigma_data)``, EDM's ``1 / c_out`` (arXiv 2206.00364, table 1)."""
+    return (1 / level.square() + 1 / sigma_data**2).sqrt()
+
+
+def huber(d: Tensor, c: float) -> Tensor:
+    """``mean of sqrt(d^2 + c^2) - c``, a scalar, for ``d`` of any shape."""
+    square = d.square()
+    # Not the difference of the formula, which cancels where d is small.
+    return (square / ((square + c * c).sqrt() + c)).mean()
+
+
+__all__ = [
+    "TDD",
+    "edm_weight",
+    "guided_for",
+    "huber",
+    "native_huber",
+    "native_levels",
+    "native_scale",
+    "path_of",
+    "visited",
+]
