@@ -102,6 +102,34 @@ CLAIMS: dict[str, Claim] = {
     "ct-weight": pair(
         "ct", "pairs weighted by the inverse of their gap against alike", {"weighted": True}, {"weighted": False}
     ),
+    "cd-weight": pair("cd", "pairs weighted by the inverse of their gap", {"weighted": True}, {"weighted": False}),
+    "sfd-afs": pair("sfd", "an analytical first step against a network's", {"afs": True}, {"afs": False}),
+    "sfd-against-pd": Claim(Variant("sfd"), Variant("progressive"), "whole trajectories against halving"),
+    "scm-adaptive": pair("scm", "a learned weight of each level", {"adaptive": True}, {"adaptive": False}),
+    "scm-tangent": pair("scm", "tangents put below 1 against left alone", {"tame": "norm"}, {"tame": "none"}),
+    "ctm-reach": pair("ctm", "targets a random way ahead against one step", {"reach": "soft"}, {"reach": "local"}),
+    "ctm-dsm": pair("ctm", "denoising beside", {"dsm": 1.0}, {"dsm": 0.0}),
+    "mean-flow-source": pair(
+        "mean-flow", "the teacher's flow or the data's", {"source": "teacher"}, {"source": "data"}
+    ),
+    "tdd-target": pair("tdd", "targets at levels of few-step samplers", {"target": "drawn"}, {"target": "end"}),
+    "tdd-weight": pair("tdd", "EDM's weight of levels against the paper's", {"weight": "edm"}, {"weight": "landing"}),
+    "imagine-backward": pair(
+        "imagine-flash", "learning on its own trajectory, or on noised data", {"backward": True}, {"backward": False}
+    ),
+    "imagine-shift": pair("imagine-flash", "a teacher asked at a shifted level", {"shift": 1.5}, {"shift": None}),
+    "imagine-noise": pair(
+        "imagine-flash", "the true noise in the first step", {"noise_correction": True}, {"noise_correction": False}
+    ),
+    "scflow-gan": pair("scflow", "an adversarial term", {"gan": 0.1}, {"gan": 0.0}),
+    "scflow-correction": pair("scflow", "self-correction", {"correction": 0.1}, {"correction": 0.0}),
+    "sana-adversarial": pair("sana-sprint", "the adversarial term", {"adversarial": 0.5}, {"adversarial": 0.0}),
+    "sana-consistency": pair("sana-sprint", "the consistency term", {"consistency": 1.0}, {"consistency": 0.0}),
+    "slimflow-guide": pair("slimflow", "guidance by two steps of the flow", {"guide": 1.0}, {"guide": 0.0}),
+    "get-vit": pair("get", "an equilibrium against a deeper transformer", {"network": "get"}, {"network": "vit"}),
+    "icd-preservation": pair("icd", "cycles that must end where they began", {"preserve": 1.5}, {"preserve": 0.0}),
+    "dmd2-gan": pair("dmd2", "the GAN term", {"gan": 3e-3}, {"gan": 0.0}),
+    "f-distill-js": Claim(Variant("f-distill"), Variant("dmd2"), "Jensen-Shannon against reverse KL"),
     "ect-against-ct": Claim(Variant("ect"), Variant("ct"), "pairs whose gap closes against neighbours of a grid"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from fewstep.core.generator import Generator
 from fewstep.core.role import Optim
 from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
-from fewstep.distill import CD, METHODS, SFD, Progressive, SiD, distill
+from fewstep.data import Images
+from fewstep.distill import CD, METHODS, SFD, MeanFlow, Progressive, SFDv, SiD, distill
 from fewstep.distill.published import HIGHEST, PUBLISHED, optimizers, parameters_of, scaled, suggested, told
 from fewstep.distill.several import SAMPLERS, check_steps, distill_steps
 from fewstep.errors import InputError
+from fewstep.models.frozen import network_under
 from tiny_runs import Stop, StopsAfter, bits, differing, furthest, tiny, tiny_data
 
 # A coarse eps, because Adam turns the rounding of a gradient near zero into a step of full size.
@@ -137,11 +140,35 @@ def test_steps_are_sorted_and_kept() -> None:
     assert check_steps(CD(), (4, 1)) == (1, 4)
 
 
+@pytest.mark.parametrize("method", [SFDv(steps=4, between=0, counts=(1, 2, 4)), MeanFlow()], ids=["sfd-v", "mean-flow"])
+def test_a_network_that_is_told_of_its_steps_is_told_of_the_right_ones(method: Any, tmp_path: Path) -> None:
+    data = tiny_data() if method.needs_data else None
+    found = distill_steps(tiny(), method, data, steps=(1, 2, 4), out=tmp_path / "run", budget=2, **QUICK)
+    for count, made in found.items():
+        own = replace(method, steps=count)
+        expected = own.ships(network_under(made.denoiser))
+        assert made.sampler.nfe == count and made.denoiser.describe() == expected.describe()  # type: ignore[attr-defined]
+        again = Generator.load(tmp_path / "run" / str(count))
+        assert torch.equal(again.sample(3, progress=False), made.sample(3, progress=False))
+    told = {count: tuple(made.denoiser.values) for count, made in found.items()}  # type: ignore[attr-defined]
+    assert len(set(told.values())) == 3
+
+
+def test_pictures_that_the_teacher_cannot_take_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    wide = Images("wide", torch.zeros(8, 3, 4, 4), torch.arange(8) % 3)
+    bare = Images("bare", torch.zeros(8, 1, 4, 4))
+    for data, said in ((wide, "the data hold (3, 4, 4) and the teacher takes (1, 4, 4)"), (bare, "have no labels")):
+        with pytest.raises(InputError, match=re.escape(said)):
+            distill(tiny(), CD(), data, out=tmp_path / "run", budget=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_published_row_names_optimizers_of_its_method() -> None:
     assert set(PUBLISHED) <= set(METHODS)
     for name, row in PUBLISHED.items():
-        assert set(row.lr) <= set(optimizers(METHODS[name]())), name
-        assert row.images == row.batch * row.iterations and row.parameters > 1e6 and row.source
+        assert row.parameters > 1e6 and row.source and set(row.lr) <= set(optimizers(METHODS[name]())), name
+        known = row.batch is not None and row.iterations is not None
+        assert row.images == (row.batch * row.iterations if known else None)
 
 
 def test_rates_follow_the_root_of_the_size_up_to_a_ceiling() -> None:

@@ -125,8 +125,14 @@ def facts(name: str) -> list[str]:
         made = scaled(method(), teacher)
         rates = ", ".join(f"`{k}` {v:g} published, {getattr(made, k).lr:g} there" for k, v in row.lr.items())
         lines.append(
-            f"- Learning rate: {rates}. Published ({row.source}): {row.parameters / 1e6:.3g} M parameters, batch "
-            f"{row.batch}, {row.iterations} iterations. Without `--optim.lr` and the like it is carried over by size."
+            f"- Learning rate: {rates}. Published ({row.source}): {row.parameters / 1e6:.3g} M parameters"
+            + (f", batch {row.batch}" if row.batch else "")
+            + (f", {row.iterations} iterations" if row.iterations else "")
+            + (
+                "; of LoRA layers, which is no guide for whole networks."
+                if row.lora
+                else ". Without `--optim.lr` and the like it is carried over by size."
+            )
         )
     lines += ["", "| role | starts as | trained with | averages | ships |", "|---|---|---|---|---|"]
     for key, role in roles.items():

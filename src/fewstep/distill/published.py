@@ -29,23 +29,25 @@ class Published:
     Attributes:
         lr: peak learning rate, by the field of the method that holds the optimizer.
         parameters: of the published student.
-        batch: pictures per iteration.
-        iterations: of the training; of all stages together where there are several.
+        batch: pictures per iteration; None where no source says.
+        iterations: of the training; of all stages together where there are several; None where no source says.
         source: where the numbers stand: paper, table or configuration.
         data: pictures in the training set; None for a method that uses none.
+        lora: whether LoRA layers were trained; their rates are no guide for whole networks, and are not carried over.
     """
 
     lr: Mapping[str, float]
     parameters: float
-    batch: int
-    iterations: int
+    batch: int | None
+    iterations: int | None
     source: str
     data: int | None = CIFAR10
+    lora: bool = False
 
     @property
-    def images(self) -> int:
-        """Pictures that the published training saw."""
-        return self.batch * self.iterations
+    def images(self) -> int | None:
+        """Pictures that the published training saw; None where no source says."""
+        return None if self.batch is None or self.iterations is None else self.batch * self.iterations
 
 
 PUBLISHED: dict[str, Published] = {
@@ -55,6 +57,32 @@ PUBLISHED: dict[str, Published] = {
     "ct": Published({"optim": 1e-4}, 56e6, 1024, 400_000, "arXiv 2310.14189, CIFAR-10"),
     "ect": Published({"optim": 1e-4}, 55.7e6, 128, 200_000, "arXiv 2406.14548, run_ecm.sh, CIFAR-10"),
     "sfd": Published({"optim": 5e-5}, 55.7e6, 128, 1_563, "arXiv 2409.19681, CIFAR-10, 200k trajectories", None),
+    "sfd-v": Published({"optim": 5e-5}, 55.7e6, 128, 6_250, "arXiv 2409.19681, CIFAR-10, 800k trajectories", None),
+    "sfd-one": Published(
+        {"first_optim": 5e-5, "optim": 5e-4}, 55.7e6, 128, 17_188, "arXiv 2409.19681, CIFAR-10, both stages", None
+    ),
+    # Released commands for ImageNet-64; the network is EDM's ADM.
+    "ctm": Published({"optim": 4e-4}, 296e6, 1440, None, "arXiv 2310.02279, released commands, ImageNet-64", IMAGENET),
+    "scm": Published({"optim": 1e-4}, 55.7e6, 512, 400_000, "arXiv 2410.11081, CIFAR-10"),
+    "mean-flow": Published({"optim": 6e-4}, 55e6, 1024, 800_000, "arXiv 2505.13447, CIFAR-10"),
+    "tdd": Published({"optim": 1e-6}, 2.6e9, 512, 100_000, "arXiv 2409.01347, rank 64 on SDXL", None, True),
+    "icd": Published(
+        {"optim": 8e-6, "encoder": 8e-6}, 860e6, 512, 6_000, "arXiv 2406.14539, rank 64 on SD 1.5", None, True
+    ),
+    "get": Published({"optim": 1e-4}, 8.6e6, 128, 800_000, "arXiv 2401.08639, CIFAR-10, the smallest", None),
+    "reflow": Published({"optim": 2e-4}, 60e6, 128, None, "arXiv 2209.03003, released code, CIFAR-10", None),
+    "slimflow": Published({"optim": 2e-4}, 15.7e6, 128, None, "arXiv 2407.12718, released configurations", None),
+    "scflow": Published({"optim": 2e-5, "critic": 1e-4}, 128e6, 32, None, "arXiv 2412.16906, CelebA", None),
+    "sana-sprint": Published({"optim": 2e-6, "heads": 2e-6}, 0.6e9, 512, 20_000, "SANA-Sprint's configuration", None),
+    "flash-diffusion": Published(
+        {"optim": 1e-5, "critic": 1e-5}, 860e6, 4, 20_000, "arXiv 2406.02347, SD 1.5", None, True
+    ),
+    "codi": Published({"optim": 8e-6}, 361e6, None, 200_000, "arXiv 2310.01407, released code", None),
+    "dmd2": Published({"student": 2e-6, "fake": 2e-6}, 296e6, 280, 200_000, "arXiv 2405.14867, ImageNet-64", IMAGENET),
+    "f-distill": Published(
+        {"student": 2e-6, "fake": 2e-6}, 296e6, 512, 600_000, "arXiv 2502.15681, ImageNet-64", IMAGENET
+    ),
+    "vsd": Published({"student": 1e-6, "fake": 1e-3}, 866e6, 16, None, "arXiv 2312.05239, SD 2.1", None, True),
     "sid": Published(
         {"student": 1e-5, "fake": 1e-5}, 55.7e6, 256, 1_953_125, "arXiv 2404.04057, CIFAR-10, 500M pictures", None
     ),
@@ -90,7 +118,8 @@ def scaled(method: Any, teacher: Generator, *, fixed: Sequence[str] = (), publis
     """The method with the published learning rates, carried over to the size of the teacher's network.
 
     ``lr * sqrt(P_published / P_own)``, at most 1e-3. Every published optimizer is set, but for the fields in ``fixed``;
-    with ``published`` the rates are the paper's own. A method without a row in ``PUBLISHED`` is returned as it is.
+    with ``published`` the rates are the paper's own. A method without a row in ``PUBLISHED``, or whose row is
+    of LoRA layers, is returned as it is.
 
     The rule is Adam's: a step moves every weight by about lr, and a layer's output by about lr times its width, which
     is the root of the number of parameters (1 / width for hidden layers, arXiv 2203.03466). The rates that the digits
@@ -107,7 +136,7 @@ def scaled(method: Any, teacher: Generator, *, fixed: Sequence[str] = (), publis
     if wrong:
         raise InputError(f"{type(method).__name__} has no optimizer {wrong[0]!r}, only {', '.join(known) or 'none'}")
     row = PUBLISHED.get(name_of(method) or "")
-    if row is None:
+    if row is None or (row.lora and not published):
         return method
     factor = 1.0 if published else math.sqrt(row.parameters / parameters_of(teacher))
     changed = {
@@ -149,7 +178,7 @@ def suggested(name: str, teacher: Generator, examples: int | None = None) -> Sug
     if examples is not None and examples < 1:
         raise InputError(f"a budget for {examples} pictures of data: expected at least 1")
     row = PUBLISHED.get(name)
-    if row is None:
+    if row is None or row.images is None or row.batch is None:
         return None
     images = row.images * min(1.0, parameters_of(teacher) / row.parameters)
     if examples is not None and row.data is not None:

@@ -209,7 +209,7 @@ class SCFlow:
         return out
 
     def distance(self, a: Tensor, b: Tensor, each: Tensor) -> Tensor:
-        """``mean of sqrt((a - b)^2 + c^2) - c`` over pixels and batch, a picture's times its weight in ``each`` (B,)."""
+        """``mean of sqrt((a - b)^2 + c^2) - c`` over pixels and batch, each picture weighed by ``each`` (B,)."""
         square = (a - b).square()
         # Not the difference of the formula, which cancels where the pictures are close.
         return (widen(each, square) * square / ((square + self.huber**2).sqrt() + self.huber)).mean()

@@ -59,7 +59,8 @@ class TDD:
             guided by any scale itself (decoupled guidance); 0.2 in the paper.
         huber: c of the pixel-wise Huber loss, 0.001 in the paper.
         weight: of an error in the student's estimate: edm is the inverse of what EDM's preconditioning scales a
-            network's output by, the same for every landing; landing is the paper's, the difference where both land.
+            network's output by, the same for every landing; landing is the paper's, the difference where both land,
+            which trains low noise far more slowly. With target end take landing: edm diverged there.
         eta: of the sampler: 0 follows the trajectory; above, it steps to ``(1 - eta)`` times the next time and adds
             noise.
         schedule: of the sampler: even, or the published uneven places of 5, 6 and 7 steps.

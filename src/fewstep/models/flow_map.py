@@ -71,18 +71,26 @@ class Told(Wrapper):
         if len(values) != max(1, len(levels)):
             raise InputError(f"{name} needs one value, or one for each of {len(levels)} levels, got {len(values)}")
         self.name, self.values, self.levels = name, [*map(float, values)], [*map(float, levels)]
+        # Tables on each device that asked, because a copy there in every step would wait for the host.
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """See :class:`fewstep.core.denoiser.Denoiser`."""
         own = dict(cond or {})
         if self.name not in own:
-            value = torch.tensor(self.values, device=x.device)
+            value, known = self._on(x.device)
             if self.levels:
                 at = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
-                known = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
-                value = value[(at.log() - known.log()).abs().argmin(1)]
+                value = value[(at.log() - known).abs().argmin(1)]
             own[self.name] = value.expand(len(x))
         return self.denoiser(x, sigma, own)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The values, and the logarithms of the levels."""
+        if device not in self._tables:
+            levels = torch.tensor(self.levels, dtype=torch.float64)
+            self._tables[device] = torch.tensor(self.values, device=device), levels.log().to(device)
+        return self._tables[device]
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`fewstep.core.denoiser.Wrapper.describe`."""
