@@ -44,6 +44,7 @@ from fewstep.data.conditions import ConditionsOnly
 from fewstep.distill import METHODS
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
+from fewstep.loss.tangent import directional
 from fewstep.models import UNet, UNetConfig
 from fewstep.solve.euler import euler
 from fewstep.solve.heun import heun
@@ -156,7 +157,8 @@ def teachers(config: UNetConfig) -> Iterator[Generator]:
 def recording(calls: list[Call], others: list[nn.Module]) -> Iterator[None]:
     """Collects the outermost passes of every denoiser, and of the kinds of ``others``, in order."""
     depth = 0
-    places = [(Precond, "forward"), (Precond, "features"), *((kind, "forward") for kind in {type(m) for m in others})]
+    places = [(Precond, name) for name in ("forward", "features", "activations")]
+    places += [(kind, "forward") for kind in {type(m) for m in others}]
     originals: list[tuple[type, str, Callable[..., Any]]] = [(k, n, getattr(k, n)) for k, n in places]
 
     def wrap(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -222,14 +224,13 @@ def replay(call: Call) -> None:
     if call.tangents:
         places = tuple(call.tangents)
 
-        def of(*moved: Tensor) -> Any:
+        def of(*moved: Tensor) -> Tensor:
             leaves = list(call.leaves)
             for i, value in zip(places, moved, strict=True):
                 leaves[i] = value
-            return tuple(call.run(leaves))
+            return next(out for out in call.run(leaves) if isinstance(out, Tensor))
 
-        with torch.no_grad():
-            torch.func.jvp(of, tuple(call.leaves[i] for i in places), tuple(call.tangents.values()))
+        directional(of, [call.leaves[i] for i in places], list(call.tangents.values()))
         return
     if not call.gradients:
         with torch.no_grad():
@@ -297,6 +298,7 @@ def row_of(name: str, size: str, repeats: int) -> dict[str, Any]:
         loop.sums.clear()
     step, passes = (statistics.median(values) for values in times.values())
     kinds = [call.kind for call in calls]
+    forward_mode = next((in_forwards(call, repeats) for call in calls if call.tangents), None)
     return {
         "method": name,
         "size": size,
@@ -306,9 +308,24 @@ def row_of(name: str, size: str, repeats: int) -> dict[str, Any]:
         "step_ms": round(1e3 * step, 2),
         "passes_ms": round(1e3 * passes, 2),
         "ratio": round(step / passes, 3),
+        **({} if forward_mode is None else {"jvp_forwards": round(forward_mode, 2)}),
         "spread": round(max(max(v) / statistics.median(v) for v in times.values()), 2),
         **memory(method, teacher, config, batch, calls),
     }
+
+
+def in_forwards(call: Call, repeats: int) -> float:
+    """What a forward-mode pass costs, in forward passes of the same network."""
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        clock = time.process_time()
+        replay(call)
+        middle = time.process_time()
+        with torch.no_grad():
+            call.run(call.leaves)
+        times.append((middle - clock, time.process_time() - middle))
+    forward_mode, plain = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return forward_mode / plain
 
 
 def memory(method: Any, teacher: Generator, config: UNetConfig, batch: int, calls: list[Call]) -> dict[str, Any]:
