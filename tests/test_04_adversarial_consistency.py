@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,16 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: AdversarialCD(adversarial=-0.1), "AdversarialCD needs adversarial >= 0"),
     (lambda: AdversarialCD(after=1.0), "0 <= after < 1"),
     (lambda: AdversarialCD(penalty=-1.0), "penalty >= 0"),
+    (lambda: AdversarialCD(penalty=math.nan), "penalty >= 0"),
+    (lambda: AdversarialCD(adversarial=math.inf), "AdversarialCD needs adversarial >= 0"),
+    (
+        lambda: next(
+            AdversarialCD(**SMALL).step(
+                build_models(AdversarialCD(**SMALL).roles(tiny()), "cpu"), Batch(None, {}), 0, Noise.of(0, 2)
+            )
+        ),
+        "AdversarialCD needs pictures of .*got None",
+    ),
     (lambda: AdversarialCD(game="poker"), "unknown game 'poker'"),  # type: ignore[arg-type]
     (lambda: AdversarialCD(levels=1), "at least 2 levels"),
     (lambda: AdversarialCD(taps=("top",)).roles(teacher()), "unknown feature tap 'top'"),

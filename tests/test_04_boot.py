@@ -16,7 +16,7 @@ from fewstep.core.exact import Mixture, bimodal
 from fewstep.core.fit import build_models
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import DDPM, FLOW
+from fewstep.core.path import DDPM, EDM, FLOW
 from fewstep.core.role import Ema, Models, Role
 from fewstep.distill.boot import BOOT, bootstrap
 from fewstep.distill.front import distill
@@ -152,6 +152,14 @@ def test_levels_open_from_the_noisy_end_and_reach_both_ends(grid: Any) -> None:
     assert float(found[0]) == 0.002 and float(found[-1]) == 80.0 and bool((found.diff() > 0).all())
 
 
+def test_the_native_grid_of_a_teacher_whose_time_is_its_noise_level_is_that_of_arctan() -> None:
+    inner: Any = tiny().denoiser
+    D = Precond(inner.net, (1, 4, 4), path=EDM, predicts="x0", sigma_data=0.7)
+    u = torch.linspace(0, 1, 9)
+    even = (BOOT(grid="native").level(D, u), BOOT(grid="cosine", scale=0.7).level(D, u))
+    assert torch.equal(*even) and float(even[0][4]) < 1
+
+
 def test_two_neighbours_are_one_interval_apart() -> None:
     D = tiny().denoiser
     s, t = BOOT(intervals=16, anneal=0.0).drawn(D, Noise.of(0, 500), 0.0)
@@ -256,7 +264,9 @@ def flow() -> Generator:
         (lambda: BOOT(sigma_min=1e-4).roles(tiny()), "outside of the teacher's levels"),
         (lambda: BOOT(grid="karras").roles(flow()), "use grid cosine or native"),
         (lambda: BOOT().roles(noise_at_pure_noise()), "predicts noise says nothing"),
-        (lambda: BOOT(grid="native").level(Exact(gaussian()), torch.ones(1)), "no native grid"),
+        (lambda: BOOT(scale=float("inf")), "scale > 0 and boundary >= 0, both finite"),
+        (lambda: BOOT(boundary=float("nan")), "boundary >= 0, both finite"),
+        (lambda: BOOT(sigma_min=float("nan")).roles(tiny()), "outside of the teacher's levels"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

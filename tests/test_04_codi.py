@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +292,10 @@ def larger() -> SuperResolution:
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: CoDi(intervals=0), "CoDi needs intervals >= 1"),
     (lambda: CoDi(data_weight=-1), "data_weight >= 0"),
+    (lambda: CoDi(data_weight=math.nan), "data_weight >= 0"),
+    (lambda: CoDi(guidance=(0,)), r"0 <= least <= greatest, got \(0,\): give two"),  # type: ignore[arg-type]
+    (lambda: CoDi(guidance=(1, math.nan)), "whole numbers"),  # type: ignore[arg-type]
+    (lambda: next(CoDi().step(models(), Batch(None, {}), 0, Noise.of(0, 2))), "CoDi needs pictures of .*got None"),
     (lambda: CoDi(move="guided"), "unknown move 'guided'"),  # type: ignore[arg-type]
     (lambda: CoDi(form="v"), "unknown form 'v'"),  # type: ignore[arg-type]
     (lambda: CoDi(guidance=(3, 1)), r"0 <= least <= greatest, got \(3, 1\)"),

@@ -516,9 +516,22 @@ def test_a_flow_teacher_is_distilled_below_its_pure_noise(tmp_path: Path) -> Non
     assert Generator.load(tmp_path).sample(2, progress=False).shape == (2, 1, 4, 4)
 
 
+def stepped(method: Any, x: Tensor | None) -> None:
+    next(method.step(build_models(method.roles(tiny()), "cpu"), Batch(x, {}), 0, Noise.of(0, 2)))
+
+
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: CD(steps=0), "CD needs steps >= 1 and rho > 0, got steps=0"),
     (lambda: CT(rho=0), "CT needs steps >= 1 and rho > 0"),
+    (lambda: CD(rho=math.nan), "CD needs steps >= 1 and rho > 0"),
+    (lambda: CD(rho=math.inf), "CD needs steps >= 1 and rho > 0"),
+    (lambda: CT(mean=math.nan), "CT needs std > 0 and a finite mean"),
+    (lambda: ECT(mean=math.inf), "std > 0 and a finite mean"),
+    (lambda: ECT(b=math.nan), "finite q > 1, k >= 0 and b"),
+    (lambda: ECT(k=math.nan), "finite q > 1, k >= 0 and b"),
+    (lambda: stepped(CD(), None), r"CD needs pictures of \(1, 4, 4\), as the network takes them, got None"),
+    (lambda: stepped(CT(), torch.zeros(2, 3, 4, 4)), r"CT needs pictures of \(1, 4, 4\).*got \(3, 4, 4\)"),
+    (lambda: stepped(ECT(), None), "ECT needs pictures"),
     (lambda: CD(steps=3, middle=(1.0,)), "has 2 levels in the middle"),
     (lambda: CD(distance="ssim"), "unknown distance 'ssim'"),  # type: ignore[arg-type]
     (lambda: CD(target="teacher"), "unknown target 'teacher'"),  # type: ignore[arg-type]
@@ -530,6 +543,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: CT(mu=0.9), "with target 'ema' only"),
     (lambda: CT(mu=1.0, target="ema"), r"mu within \(0, 1\)"),
     (lambda: ECT(q=1.0), "q > 1"),
+    (lambda: ECT(q=math.inf), "q > 1"),
     (lambda: ECT(stages=0), "stages >= 1"),
     (lambda: CD(sigma_max=90.0).roles(tiny()), "outside of the teacher's levels, 0.002 to 80"),
     (lambda: CD(sigma_min=0.001).roles(tiny()), "outside of the teacher's levels"),

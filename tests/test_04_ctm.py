@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.denoiser import Precond
+from fewstep.core.denoiser import Precond, edm
 from fewstep.core.exact import Mixture
 from fewstep.core.fit import build_models
 from fewstep.core.generator import Generator
@@ -25,6 +25,7 @@ from fewstep.errors import InputError
 from fewstep.guide import CFG
 from fewstep.models import ADM, ADMConfig, EDM2Config, EDM2UNet, ResMLP, ResMLPConfig, SongUNet, SongUNetConfig
 from fewstep.models.flow_map import UNTIL, Told, flow_map
+from fewstep.models.get import ViT, ViTConfig
 from fewstep.models.lora import LoRA
 from fewstep.solve.consistency import consistency
 from fewstep.solve.euler import euler
@@ -192,10 +193,35 @@ def test_the_game_starts_late_and_both_sides_learn(tmp_path: Path) -> None:
 
 
 def test_the_count_of_the_teachers_steps_is_a_function_of_the_iteration() -> None:
-    method = CTM()
-    counts = [method.heun_steps(i) for i in range(400)]
-    assert counts == [method.heun_steps(i) for i in range(400)] and set(counts) == set(range(1, 18))
+    method, m = CTM(), Models({}, {}, {})
+    counts = [method.heun_steps(m, i) for i in range(400)]
+    assert counts == [method.heun_steps(m, i) for i in range(400)] and set(counts) == set(range(1, 18))
     assert abs(sum(counts) / 400 - 9) < 0.8
+    m.seed = 1
+    assert counts != [method.heun_steps(m, i) for i in range(400)], "another run draws others"
+
+
+@pytest.mark.parametrize("network", ["unet", "vit"])
+def test_the_usual_taps_suit_every_network_and_roles_draw_nothing(network: str) -> None:
+    start = tiny("unet", channels=8, multipliers=(1, 2), blocks=1, attention=())
+    if network == "vit":
+        start = replace(start, denoiser=edm(ViT(ViTConfig((1, 4, 4), 3, width=16, heads=2, depth=3)), (1, 4, 4)))
+    before = torch.get_rng_state()
+    roles = replace(BASE, gan=1.0).roles(start)
+    assert torch.equal(torch.get_rng_state(), before)
+    heads: Any = roles["heads"].start()
+    assert heads.config.taps == (("bottleneck",) if network == "unet" else ("block1",))
+
+
+def test_both_sides_of_the_game_see_pictures_at_the_same_levels() -> None:
+    method = replace(BASE, gan=1.0, gan_start=0.0)
+    m = build_models(method.roles(tiny("unet", channels=8, multipliers=(1,), blocks=1, attention=())), "cpu")
+    x = torch.zeros(64, 1, 4, 4)
+    (real, a), (fake, b) = (method.noised(m, x, Noise.of(0, 64), part) for part in ("real", "fake"))
+    assert torch.equal(a, b) and not torch.equal(real, fake)
+    batch = tiny_data().take(torch.arange(8))
+    student, duel = ((u.role, u.loss()) for u in method.step(m, batch, 0, Noise.of(0, 8)))
+    assert student[0] == "student" and duel[0] == "heads" and set(duel[1]) == {"loss", "real", "fake"}
 
 
 # ---- sampling
@@ -286,6 +312,8 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: CTM(span=0), "levels >= 2 and span >= 1"),
     (lambda: CTM(dsm=-1), "dsm >= 0"),
     (lambda: CTM(gan=math.inf), "gan >= 0"),
+    (lambda: CTM(gan=math.nan), "gan >= 0"),
+    (lambda: CTM(rho=math.nan), "rho > 0"),
     (lambda: CTM(gamma=1.5), r"gamma within \[0, 1\]"),
     (lambda: CTM(gan_start=2), "gan_start"),
     (lambda: CTM(distance="ssim"), "unknown distance 'ssim'"),  # type: ignore[arg-type]

@@ -18,11 +18,14 @@ from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.options import Budget, FitOptions
 from fewstep.core.role import Models, Optim
+from fewstep.data import make_pairs
+from fewstep.distill import distill
 from fewstep.distill.get import GETDistillation, weights
 from fewstep.errors import InputError
+from fewstep.guide import CFG
 from fewstep.models.get import GET, GETConfig, OneLevel, ViT, ViTConfig, one_level, transformer
 from fewstep.train import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny
+from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny, tiny_data
 
 TINY = GETConfig((1, 4, 4), 3, patch=2, width=16, heads=2, depth=1, tied=1, tied_mlp=2.0, iterations=4)
 METHOD = GETDistillation(width=16, heads=2, depth=1, tied=1, tied_mlp=2.0, iterations=4, vit_depth=2, optim=STEADY)
@@ -281,6 +284,26 @@ def without_noise() -> None:
 def test_bad_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_pairs_of_another_teacher_are_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    held = make_pairs(tiny(), tmp_path / "pairs", n=8, progress=False)
+    other = replace(tiny(), denoiser=CFG(tiny().denoiser, 2.0))
+    for teacher, data, said in (
+        (other, held, "made by another teacher"),
+        (tiny(), tiny_data(), "GET learns from pairs .*`fewstep pairs"),
+    ):
+        with pytest.raises(InputError, match=said):
+            distill(teacher, METHOD, data, out=tmp_path / "s", budget=1, batch=4, progress=False)
+        assert not (tmp_path / "s").exists()
+    assert distill(tiny(), METHOD, held, out=tmp_path / "s", budget=1, batch=4, progress=False).sampler.nfe == 1
+
+
+def test_a_level_on_a_device_is_not_waited_for() -> None:
+    D = one_level(made(), (1, 4, 4), sigma_min=0.002, sigma_max=80.0, sigma_data=0.5).to("meta")
+    x, label = torch.zeros(4, 1, 4, 4, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    # Reading a value of a tensor without contents is an error, as reading one of a device is a wait.
+    assert D(x, torch.full((4,), 3.0, device="meta"), {"label": label}).shape == (4, 1, 4, 4)
 
 
 def go(out: Path, method: GETDistillation, *, stop: int | None = None, micro: int = 2, **options: Any) -> Generator:

@@ -20,8 +20,8 @@ from fewstep.core.noise import Noise
 from fewstep.core.path import VP, widen
 from fewstep.core.role import Models, Role, Update
 from fewstep.distill.icd import ICD, edit, encode, reads, rising
-from fewstep.distill.tdd import native_levels
 from fewstep.errors import InputError
+from fewstep.grid import own_levels
 from fewstep.guide import CFG, guided
 from fewstep.guide.dynamic import SCALE, DynamicGuidance, guided_at
 from fewstep.models.extended import extended
@@ -83,9 +83,9 @@ def test_segments_tile_the_native_time_in_both_directions(steps: int) -> None:
     method, D = ICD(steps=steps), Exact(0)
     down, up = method.ends(D, -1), method.ends(D, 1)
     shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    assert float((down[:-1] / native_levels(D, shares)[:-1] - 1).abs().max()) < 1e-12 and down[-1] == 0
+    assert float((down[:-1] / own_levels(D, shares)[:-1] - 1).abs().max()) < 1e-12 and down[-1] == 0
     assert float((up.flip(0)[:-1] / down[:-1] - 1).abs().max()) < 1e-12
-    assert float(up[0]) == pytest.approx(float(native_levels(D, torch.tensor([0.019], dtype=torch.float64))))
+    assert float(up[0]) == pytest.approx(float(own_levels(D, torch.tensor([0.019], dtype=torch.float64))))
     assert rising(up).nfe == steps and method.sampler(replace(tiny(), denoiser=D)).nfe == steps  # type: ignore[arg-type]
 
 
@@ -119,12 +119,46 @@ def test_targets_are_the_teachers_point_where_its_step_reaches_the_end() -> None
         assert torch.isfinite(x_b).all()
 
 
+@pytest.mark.parametrize("weight", ["landing", "edm"])
+def test_the_loss_is_that_of_the_two_landings(weight: Any) -> None:
+    method = replace(BASE, weight=weight, preserve=0.0, huber=0.1)
+    m = models_of(method, 0.4, 0.4)
+    for update in updates(method, m):
+        model: Any = m.networks[str(update.role)]
+        found = size(update)
+        (x_b, b), (x_a, a) = model.seen
+        ends = method.ends(model, -1 if update.role == "student" else 1)
+        # The end of the segment is the nearest one on the side that b is on, or b itself.
+        side = (ends <= b[:, None] + 1e-9) if update.role == "student" else (ends >= b[:, None] * (1 - 1e-9))
+        c = torch.where(side, ends, torch.nan)
+        c = c.nan_to_num(-1.0).amax(1) if update.role == "student" else c.nan_to_num(1e9).amin(1)
+        # Where b is the lowest level it stands for 0, at which there is no network to ask.
+        inside = (b > model.sigma_min) & ((b / c - 1).abs() > 1e-9)
+        assert 50 < int(inside.sum()) < 400
+        D_a, D_b = (model(x, s.clamp(min=model.sigma_min)).detach() for x, s in ((x_a, a), (x_b, b)))
+        k = widen(1 / (1 + c.clamp(min=0.01) ** 2).sqrt(), x_a)
+        wide = [widen(s, x_a) for s in (a, b, c)]
+        landed = [(wide[2] / s) * x + (1 - wide[2] / s) * D for x, s, D in ((x_a, wide[0], D_a), (x_b, wide[1], D_b))]
+        d = k * (landed[0] - landed[1])
+        if weight == "edm":
+            sd = model.sigma_data
+            d = d / k / (1 - wide[2] / wide[0]) * (wide[0] ** 2 + sd**2).sqrt() / (wide[0] * sd)
+        want = ((d**2 + 0.01).sqrt() - 0.1).flatten(1).mean(1)
+        # At the end the teacher's point is the target, so its own estimate is.
+        T = m.teacher.problem(x_a, a)
+        at_end = (
+            (k * (1 - wide[2] / wide[0])) if weight == "landing" else (wide[0] ** 2 + sd**2).sqrt() / (wide[0] * sd)
+        )
+        own = ((at_end * (D_a - T)).square() + 0.01).sqrt().flatten(1).mean(1) - 0.1
+        assert found == pytest.approx(float(torch.where(inside, want, own).mean()), rel=1e-6), update.role
+
+
 def test_levels_go_one_step_down_for_the_student_and_up_for_the_encoder() -> None:
     method = replace(BASE, preserve=0.0)
     m = models_of(method)
     updates(method, m)
     down, up = (seen[1] for seen in m.teacher.seen)
-    grid = native_levels(m.student, (torch.arange(9, dtype=torch.float64) / 8).clamp(min=method.lowest))
+    grid = own_levels(m.student, (torch.arange(9, dtype=torch.float64) / 8).clamp(min=method.lowest))
     assert sorted(set(down.tolist())) == pytest.approx(grid[1:].tolist())
     assert sorted(set(up.tolist())) == pytest.approx(grid[:-1].tolist())
     assert bool((m.student.seen[0][1] < down).all()) and bool((m.encoder.seen[0][1] > up).all())
@@ -165,7 +199,7 @@ def test_dynamic_guidance_is_on_at_low_noise_and_off_at_high() -> None:
     D = Precond(tiny().network.net, (1, 4, 4), path=VP, predicts="v", sigma_min=0.01, sigma_max=50.0)  # type: ignore[arg-type]
     made = DynamicGuidance(D, 8.0, 0.6, 0.8)
     shares = torch.tensor([0.0, 0.3, 0.6, 0.7, 0.8, 1.0], dtype=torch.float64)
-    levels = native_levels(D, shares)
+    levels = own_levels(D, shares)
     assert made.scale_at(levels).tolist() == pytest.approx([8, 8, 8, 4.5, 1, 1])
     assert DynamicGuidance(D, 8.0, 0.7, 0.7).scale_at(levels).tolist() == pytest.approx([8, 8, 8, 8, 1, 1])
     x, label = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
@@ -304,7 +338,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ICD().run(tiny(), None, out="/nowhere", budget=1), "got none: pass data"),
     (lambda: DynamicGuidance(tiny().denoiser, -1.0), "a scale >= 0"),
     (lambda: DynamicGuidance(tiny().denoiser, 2.0, 0.9, 0.1), "0 <= full <= none <= 1, got 0.9 and 0.1"),
-    (lambda: DynamicGuidance(gaussian(), 2.0), "Mixture has no path"),
+    (lambda: DynamicGuidance(tiny().denoiser, float("nan")), "a scale >= 0"),
+    (lambda: ICD(weight="snr"), "unknown weight 'snr'"),  # type: ignore[arg-type]
+    (lambda: ICD(huber=float("inf")), "huber > 0"),
+    (lambda: ICD(scales=(1.0, float("nan"))), "guidance scales >= 0"),
     (
         lambda: next(BASE.step(models_of(), Batch(torch.zeros(2, 3, 4, 4), {}), 0, Noise.of(0, 2))),
         r"ICD needs pictures of \(1, 1, 1\), as the network takes them, got \(3, 4, 4\)",

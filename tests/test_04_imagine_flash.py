@@ -23,8 +23,9 @@ from fewstep.core.path import DDPM, FLOW, TRIG, VP
 from fewstep.core.role import Models, Role
 from fewstep.core.state import Run, load_tensors
 from fewstep.distill import distill
-from fewstep.distill.imagine_flash import ImagineFlash, corrected_ddim, levels_at, native_levels
+from fewstep.distill.imagine_flash import ImagineFlash, corrected_ddim
 from fewstep.errors import InputError
+from fewstep.grid import own_grid, own_levels, own_shares
 from fewstep.guide import guided
 from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.lora import LoRA
@@ -90,13 +91,16 @@ def test_levels_are_even_in_the_time_of_the_teachers_own_path(steps: int) -> Non
         (gaussian(), TRIG(gaussian().sigma_data)),
     ]
     for D, path in cases:
-        levels = native_levels(D, steps)  # type: ignore[arg-type]
+        levels = own_grid(D, steps)  # type: ignore[arg-type]
         assert levels.shape == (steps + 1,) and levels[0] == D.sigma_max and levels[-1] == 0
         ends = path.at(torch.tensor([D.sigma_min, D.sigma_max], dtype=torch.float64))
         even = torch.linspace(float(ends[1]), float(ends[0]), steps + 1, dtype=torch.float64)
         assert float((path.at(levels[:-1]) - even[:-1]).abs().max()) < 1e-6 * float(ends[1])
-        place = levels_at(D, torch.tensor([0.0, 1.0], dtype=torch.float64))  # type: ignore[arg-type]
-        assert float((place / torch.tensor([D.sigma_min, D.sigma_max]) - 1).abs().max()) < 1e-5
+        place = own_levels(D, torch.tensor([0.0, 1.0], dtype=torch.float64))  # type: ignore[arg-type]
+        assert place.tolist() == [D.sigma_min, D.sigma_max], "the ends are exact"
+        shares = torch.linspace(0, 1, 7, dtype=torch.float64)
+        back = own_shares(D, own_levels(D, shares))  # type: ignore[arg-type]
+        assert float((back - shares).abs().max()) < 1e-6 and back[0] == 0 and back[-1] == 1
 
 
 # ---- noise correction
@@ -105,7 +109,7 @@ def test_levels_are_even_in_the_time_of_the_teachers_own_path(steps: int) -> Non
 @pytest.mark.parametrize("top", [5.0, 14.6, 80.0])
 def test_noise_correction_adds_what_ddim_lacks(top: float) -> None:
     problem = gaussian(top=top)
-    levels = native_levels(problem, 3)
+    levels = own_grid(problem, 3)
     x = top * Noise.of(0, 200).normal((1, 2, 2), "x", dtype=torch.float64)
     own, plain = corrected_ddim(levels, top), euler(levels)
     D, b = problem(x, top), float(levels[1])
@@ -115,11 +119,11 @@ def test_noise_correction_adds_what_ddim_lacks(top: float) -> None:
     assert own.nfe == 3 and own.end == 0 and not own.noisy
     assert float((corrected_ddim(levels, None)(problem, x) - plain(problem, x)).abs().max()) < 1e-12
     # From pure noise there is nothing to correct, and one step has no noise to keep.
-    pure = native_levels(gaussian(top=1e8), 3)
+    pure = own_grid(gaussian(top=1e8), 3)
     y = 1e8 * x / top
     gap = corrected_ddim(pure, 1e8)(problem, y) - euler(pure)(problem, y)
     assert float(gap.abs().max()) < 1e-5
-    one = native_levels(problem, 1)
+    one = own_grid(problem, 1)
     assert torch.equal(corrected_ddim(one, top)(problem, x), D)
 
 
@@ -153,9 +157,9 @@ def test_training_points_are_where_the_student_itself_arrives(top: float) -> Non
     m = models(gaussian(top=top))
     m.student.weight.data += 0.1
     noise = Noise.of(3, 300)
-    grid = native_levels(m.student, 3)
+    grid = own_grid(m.student, 3)
     k = noise.integers(0, 3, (), "level")
-    x = METHOD.points(m, Batch(None, {}), grid, k, noise)
+    x = METHOD.points(m, Batch(None, {}), grid.tolist(), k, noise)
     assert [grad for *_, grad in m.student.seen] == [False, False]
     start = top * noise.normal((1, 2, 2), "start")
     own = m.student.problem
@@ -173,11 +177,13 @@ def test_the_gradient_is_that_of_the_last_evaluation_alone() -> None:
     m = models(gaussian())
     update = only(METHOD, m)
     assert not any(grad for *_, grad in [*m.student.seen, *m.teacher.seen]), "rollout and targets are no one's gradient"
-    before, asked = len(m.student.seen), len(m.teacher.seen)
+    before = len(m.student.seen)
+    assert (before, m.teacher.seen) == (2, [])
     m.student.requires_grad_(True)
     total = update.loss()["loss"]
     total.backward()
-    assert len(m.student.seen) == before + 1 and len(m.teacher.seen) == asked == 2
+    assert len(m.student.seen) == before + 1, "the pass that the target is made from is the one that is trained"
+    assert [grad for *_, grad in m.teacher.seen] == [False, False]
     x, sigma, _ = m.student.seen[-1]
     target = METHOD.target(m, x, m.student(x, sigma).detach(), sigma, {}, Noise.of(3, 64))
     residual = m.student.problem(x, sigma) - target
@@ -191,8 +197,8 @@ def test_forward_training_noises_data_and_needs_it() -> None:
     m = models(gaussian())
     x0 = gaussian().draw(300)
     noise = Noise.of(3, 300)
-    grid, k = native_levels(m.student, 3), noise.integers(0, 3, (), "level")
-    x = method.points(m, Batch(x0, {}), grid, k, noise)
+    grid, k = own_grid(m.student, 3), noise.integers(0, 3, (), "level")
+    x = method.points(m, Batch(x0, {}), grid.tolist(), k, noise)
     assert m.student.seen == []
     unit = (x - x0)[k > 0] / grid[k][k > 0].reshape(-1, 1, 1, 1)
     assert float((unit - noise.normal((1, 2, 2), "n")[k > 0]).abs().max()) < 1e-5
@@ -212,7 +218,7 @@ def test_the_teacher_goes_on_from_the_students_own_picture_at_a_lower_place(shif
     method = replace(METHOD, shift=shift, teacher_steps=3, again=again)
     m = models(gaussian())
     noise, path = Noise.of(3, 64), TRIG(gaussian().sigma_data)
-    sigma = native_levels(m.student, 3)[noise.integers(0, 3, (), "level")]
+    sigma = own_grid(m.student, 3)[noise.integers(0, 3, (), "level")]
     made = 0.5 + 0.1 * noise.normal((1, 2, 2), "made", dtype=torch.float64)
     x = made + sigma.reshape(-1, 1, 1, 1) * noise.normal((1, 2, 2), "unit", dtype=torch.float64)
     method.target(m, x, made, sigma, {}, noise)
@@ -261,7 +267,7 @@ def test_on_one_point_of_data_a_perfect_student_has_no_loss(shift: float | None,
 
 
 def test_the_adversarial_term_is_played_by_both() -> None:
-    for method, names in ((METHOD, ["student"]), (WITH_GAN, ["discriminator", "student"])):
+    for method, names in ((METHOD, ["student"]), (WITH_GAN, ["student", "discriminator"])):
         m = build_models(method.roles(tiny()), "cpu")
         x0 = tiny_data().pixels[:4] if method.gan else None
         updates = []
@@ -339,6 +345,14 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: ImagineFlash(steps=0), "steps >= 1"),
     (lambda: ImagineFlash(teacher_steps=0), "teacher_steps >= 1"),
     (lambda: ImagineFlash(gan=-1.0), "gan >= 0"),
+    (lambda: ImagineFlash(gan=float("nan")), "gan >= 0 and finite, got nan"),
+    (lambda: ImagineFlash(r1=float("inf")), "r1 >= 0 and finite, got inf"),
+    (lambda: ImagineFlash(hidden=0), "hidden >= 1"),
+    (lambda: ImagineFlash(shift=float("nan")), "power of at least 1"),
+    (
+        lambda: ImagineFlash().roles(with_path(DDPM, "noise", 1e8)),
+        "predicts noise says nothing of x0 at sigma 1e\\+08",
+    ),
     (lambda: ImagineFlash(shift=0.75), "power of at least 1, or None, got 0.75"),
     (lambda: ImagineFlash(again="other"), "unknown noise 'other'"),  # type: ignore[arg-type]
     (lambda: ImagineFlash(judged_at=(1.0,)), r"places within \[0, 1\)"),

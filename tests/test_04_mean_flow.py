@@ -268,6 +268,10 @@ def nearest() -> Generator:
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: MeanFlow(steps=0), "MeanFlow needs steps >= 1"),
     (lambda: MeanFlow(std_r=0), "std_r > 0"),
+    (lambda: MeanFlow(mean=math.nan), "finite settings"),
+    (lambda: MeanFlow(mean_r=math.inf), "finite settings"),
+    (lambda: MeanFlow(power=math.nan), "finite settings"),
+    (lambda: next(MeanFlow().step(models(MeanFlow(), Jump(0.0)), Batch(None, {}), 0, Noise.of(0, 2))), "got None"),
     (lambda: MeanFlow(ratio=1.5), "0 <= ratio <= 1"),
     (lambda: MeanFlow(drop=1.0), "0 <= drop < 1"),
     (lambda: MeanFlow(constant=0), "constant > 0"),

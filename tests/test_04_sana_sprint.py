@@ -107,7 +107,7 @@ def test_the_adversarial_gradient_reaches_the_student_through_the_frozen_teacher
     made = updates[1].loss()
     made["loss"].backward()
     assert all(p.grad is None for name in ("teacher", "student") for p in m.networks[name].parameters())
-    assert max(float(p.grad.abs().max()) for p in m.heads.parameters()) > 0 and not made["gap"].requires_grad
+    assert max(float(p.grad.abs().max()) for p in m.heads.parameters()) > 0 and not made["real"].requires_grad
 
 
 def test_a_share_of_the_judged_pictures_comes_from_the_highest_level() -> None:
@@ -127,14 +127,12 @@ def test_a_share_of_the_judged_pictures_comes_from_the_highest_level() -> None:
 
 
 def test_judges_see_pictures_at_their_own_levels() -> None:
-    seen: list[Tensor] = []
     method = RUNS["hybrid"]
     m = build_models(method.roles(tiny()), "cpu")
-    real = m.teacher.activations
-    m.teacher.activations = lambda x, sigma, *rest: (seen.append(sigma), real(x, sigma, *rest))[1]
     with torch.no_grad():
-        method.judge(m, torch.zeros(8000, 1, 4, 4), Batch(None, {}), Noise.of(0, 8000))
-    log = seen[0].log()
+        seen, sigma = method.noised(m, torch.zeros(8000, 1, 4, 4), Noise.of(0, 8000))
+    log = sigma.log()
+    assert float((seen / sigma.reshape(-1, 1, 1, 1)).std()) == pytest.approx(1.0, abs=0.01)
     assert float(log.mean()) == pytest.approx(-0.6, abs=0.04) and float(log.std()) == pytest.approx(1.0, abs=0.04)
 
 
@@ -185,9 +183,18 @@ def test_edm_and_guided_teachers_serve_too(tmp_path: Path) -> None:
     assert made.sampler.levels.tolist() == [80.0, pytest.approx(d * math.tan(1.3)), 0.0]
 
 
+def no_pictures() -> None:
+    method = RUNS["adversarial"]
+    next(method.step(build_models(method.roles(tiny()), "cpu"), Batch(None, {}), 0, Noise.of(0, 2))).loss()
+
+
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: SanaSprint(consistency=0, adversarial=0), "weights >= 0 that are not both 0"),
     (lambda: SanaSprint(adversarial=-1), "weights >= 0 that are not both 0"),
+    (lambda: SanaSprint(adversarial=math.inf), "weights >= 0 that are not both 0"),
+    (lambda: SanaSprint(consistency=math.nan), "weights >= 0 that are not both 0"),
+    (lambda: SanaSprint(judge_mean=math.nan), "a finite judge_mean"),
+    (no_pictures, "SanaSprint needs pictures of .1, 4, 4., as the network takes them, got None"),
     (lambda: SanaSprint(top=1.2), "0 <= top <= 1"),
     (lambda: SanaSprint(judge_std=0), "judge_std > 0"),
     (lambda: SanaSprint(game="wgan"), "unknown adversarial loss 'wgan'"),

@@ -226,7 +226,7 @@ def test_before_its_time_a_term_trains_nobody() -> None:
     late = replace(FULL, gan_from=0.6)
     m = build_models(late.roles(flow_teacher()), "cpu")
     batch = Batch(torch.zeros(4, 1, 4, 4), {"label": torch.arange(4) % 3})
-    for progress, names in ((0.5, ["student"]), (0.7, ["discriminator", "student"])):
+    for progress, names in ((0.5, ["student"]), (0.7, ["student", "discriminator"])):
         m.progress = progress
         assert [u.role for u in late.step(m, batch, 0, Noise.of(0, 4))] == names
     assert set(replace(FULL, gan=0.0).roles(flow_teacher())) == {"teacher", "student"}
@@ -249,7 +249,33 @@ def test_the_adversarial_term_reaches_the_student_through_its_one_step_sample_on
             assert any(graded) if name == update.role else not any(graded), name
             network.requires_grad_(False).zero_grad()
         assert (update.role == "discriminator") == ("r1" in made)
-    assert all(bool((sigma == 1e8).all()) for sigma in seen) and len(seen) == 2
+    assert all(bool((sigma == 1e8).all()) for sigma in seen) and len(seen) == 1
+
+
+def test_one_sample_serves_the_game_the_correction_and_the_discriminator() -> None:
+    method = replace(FULL, consistency=0.0, bidirectional=0.0, gan=1.0, gan_from=0.0, correction_from=0.0, r1=0.0)
+    m = build_models(method.roles(flow_teacher()), "cpu")
+    seen: list[tuple[Tensor, Tensor]] = []
+    made: list[Tensor] = []
+    m.student.register_forward_hook(lambda module, args, out: seen.append(args[:2]))
+    m.student.register_forward_hook(lambda module, args, out: made.append(out))
+    batch = Batch(tiny_data().pixels[:4], {"label": torch.arange(4) % 3})
+    noise = Noise.of(0, 4)
+    shown: list[Tensor] = []
+    for update in method.step(m, batch, 0, noise):
+        if update.role == "discriminator":
+            m.teacher.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+            m.teacher.net.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+        assert "loss" in update.loss()  # type: ignore[operator]
+    assert len(seen) == 2 and bool((seen[0][1] == 1e8).all())
+    sigma = seen[1][1]
+    n = noise.normal((1, 4, 4), "n")
+    again = made[0].detach() + sigma.float().reshape(-1, 1, 1, 1) * n
+    assert float((seen[1][0] - again).abs().max()) <= 1e-5 * float(again.abs().max())
+    # The clean picture, at the lowest level, is what the discriminator sees: a flow's input is x / (1 + sigma).
+    z = m.teacher.sigma_min * noise.normal((1, 4, 4), "judged")
+    want = (made[0].detach() + z) / (1 + m.teacher.sigma_min)
+    assert min(float((x - want).abs().max()) for x in shown) < 1e-6
 
 
 # ---- the sampler
@@ -333,12 +359,16 @@ def test_memory_is_told_before_a_run() -> None:
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: SCFlow(steps=0), "steps >= 1"),
     (lambda: SCFlow(gan=-1.0), "weights >= 0"),
+    (lambda: SCFlow(consistency=float("nan")), "weights >= 0"),
+    (lambda: SCFlow(r1=float("nan")), "r1 >= 0 and finite, got nan"),
+    (lambda: SCFlow(hidden=0), "hidden >= 1"),
+    (lambda: SCFlow(huber=float("inf")), "huber > 0"),
     (lambda: SCFlow(consistency=0, bidirectional=0, correction=0, gan=0), "one of its terms above 0"),
     (lambda: SCFlow(near=0.0), r"near within \(0, 1\]"),
     (lambda: SCFlow(truncation=1.0), r"truncation within \[0, 1\)"),
     (lambda: SCFlow(huber=0.0), "huber > 0"),
     (lambda: SCFlow(gan_from=1.0), r"shares of the run within \[0, 1\)"),
-    (lambda: SCFlow(judged_at=()), "flow times within"),
+    (lambda: SCFlow(judged_at=()), "places within"),
     (lambda: SCFlow(game="wasserstein"), "unknown adversarial loss 'wasserstein'"),  # type: ignore[arg-type]
     (lambda: SCFlow(r1_on="weights"), "unknown input of R1 'weights'"),  # type: ignore[arg-type]
     (lambda: SCFlow(taps=("block9",)).roles(tiny()), "unknown feature tap 'block9'"),

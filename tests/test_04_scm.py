@@ -334,6 +334,10 @@ def bare(time: Any) -> Generator:
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: SCM(steps=0), "SCM needs steps >= 1"),
     (lambda: SCM(std=0), "std > 0"),
+    (lambda: SCM(mean=math.nan), "SCM needs a finite mean, std and constant, got nan"),
+    (lambda: SCM(mean=-math.inf), "SCM needs a finite mean"),
+    (lambda: SCM(std=math.inf), "SCM needs a finite mean, std"),
+    (lambda: next(SCM().step(models(SCM(), Power(1.0), gaussian()), Batch(None, {}), 0, Noise.of(0, 2))), "got None"),
     (lambda: SCM(warmup=1.5), "0 <= warmup <= 1"),
     (lambda: SCM(constant=0), "constant > 0"),
     (lambda: SCM(steps=3, middle=(1.0,)), "has 2 angles in the middle"),

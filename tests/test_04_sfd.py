@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,15 @@ from fewstep.core.noise import Noise
 from fewstep.core.options import Budget, FitOptions
 from fewstep.core.path import FLOW
 from fewstep.core.role import Models, Optim, Role
+from fewstep.data import Images
 from fewstep.data.conditions import ConditionsOnly
+from fewstep.distill import distill
 from fewstep.distill.sfd import SFD, SFDOne, SFDv, stride
 from fewstep.errors import InputError
 from fewstep.guide import CFG
 from fewstep.models.flow_map import Told
 from fewstep.solve.euler import euler
+from fewstep.train import untrained
 from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
 
 LOW, TOP = 0.006, 80.0
@@ -157,6 +161,16 @@ def test_the_second_stage_has_the_first_students_levels_and_sampler() -> None:
     assert torch.equal(table.P, sampler.P) and torch.equal(table.W, sampler.W) and table.nfe == 5
 
 
+def test_a_part_of_a_budget_is_counted_whole() -> None:
+    parts = [
+        Budget(10).part(0.25),
+        Budget(30).part(0.1),
+        Budget(5, "images").part(0.01),
+        Budget(90, "seconds").part(0.25),
+    ]
+    assert parts == [Budget(3), Budget(3), Budget(1, "images"), Budget(22.5, "seconds")]
+
+
 def test_two_stages_resume_where_they_were(tmp_path: Path) -> None:
     start = tiny()
     method = SFDOne(first_steps=3, between=0, share=0.5, first_optim=STEADY, optim=STEADY)
@@ -170,6 +184,30 @@ def test_two_stages_resume_where_they_were(tmp_path: Path) -> None:
     assert torch.equal(x, _load(tmp_path).sample(3, seed=1, progress=False))
     with pytest.raises(InputError, match="another recipe"):
         replace(method, share=0.25).run(start, None, out=tmp_path / "whole", resume=True, **options)
+
+
+def test_lpips_is_added_to_the_last_step_of_the_second_stage_alone(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    data = Images("eight", torch.rand(16, 1, 8, 8, generator=g) * 2 - 1, torch.arange(16) % 3)
+    start = untrained(data, "resmlp", width=16, embedding=8, blocks=1)
+    method = SFDOne(first_steps=3, between=0, perceptual=0.5, first_optim=STEADY, optim=STEADY)
+    (first, second), cond = method.stages(), {"label": torch.arange(4) % 3}
+    assert "distance" not in first.roles(start) and second.solver == "student" and type(second) is SFD
+    for k, steps in ((0, 1), (1, 2)):
+        own = replace(second, steps=steps, afs=False)
+        m = build_models(own.roles(start), "cpu")
+        losses: list[Any] = [u.loss() for u in own.step(m, Batch(None, cond), 0, Noise.of(0, 4))]
+        assert [isinstance(made, dict) for made in losses] == [False] * k + [True]
+        made = losses[-1]
+        assert float(made["lpips"]) > 0
+        want = made["plain"] + 0.5 * made["lpips"]
+        assert float((made["loss"] - want).detach().abs()) < 1e-6 * float(want)
+        plain = replace(own, perceptual=0.0)
+        bare = [u.loss() for u in plain.step(m, Batch(None, cond), 0, Noise.of(0, 4))]
+        assert torch.equal(bare[-1].detach(), made["plain"])  # type: ignore[union-attr]
+    out = distill(start, method, out=tmp_path, budget=4, batch=4, progress=False)
+    assert out.sampler.nfe == 1 and "student/lpips" in out.card["stages"][1] and not list(tmp_path.rglob("*distance*"))
+    assert json.loads((tmp_path / "stages/2/recipe.json").read_text())["method"] == "SFD"
 
 
 def _load(place: Path) -> Generator:
@@ -237,6 +275,13 @@ def test_a_student_with_an_analytical_step_learns_gaussian_data_exactly() -> Non
         (lambda: SFD(distance="lpips"), "unknown distance"),  # type: ignore[arg-type]
         (lambda: SFD(grid="native").levels(LOW, TOP), "no native grid"),
         (lambda: SFD(sigma_min=1e-4).roles(tiny()), "outside of the teacher's levels"),
+        (lambda: SFD(rho=0), "finite rho > 0"),
+        (lambda: SFD(rho=-1.0), "finite rho > 0"),
+        (lambda: SFD(rho=math.nan), "finite rho > 0"),
+        (lambda: SFD(sigma_min=math.nan), "finite sigma_min > 0"),
+        (lambda: SFD(perceptual=math.nan), "perceptual >= 0"),
+        (lambda: SFDOne(perceptual=-1.0), "perceptual >= 0"),
+        (lambda: SFDOne(perceptual=1.0).stages()[1].roles(tiny()), "no packaged features for pictures .1, 4, 4."),
         (lambda: SFDv(counts=()), "different counts"),
         (lambda: SFDv(counts=(1, 1)), "different counts"),
         (lambda: SFDv(steps=6), "choose steps among"),

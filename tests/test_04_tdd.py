@@ -17,10 +17,11 @@ from fewstep.core.exact import Mixture
 from fewstep.core.fit import build_models
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import DDPM, FLOW, VP
+from fewstep.core.path import DDPM, EDM, FLOW, TRIG, VP
 from fewstep.core.role import Models, Role, Update
-from fewstep.distill.tdd import TDD, guided_for, native_huber, native_levels, visited
+from fewstep.distill.tdd import TDD, guided_for, own_scale, visited
 from fewstep.errors import InputError
+from fewstep.grid import own_levels
 from fewstep.guide import CFG, guided
 from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.flow_map import Clipped
@@ -91,15 +92,19 @@ def test_the_other_aims() -> None:
     assert float(anywhere.max()) < 0.6 and float(anywhere.mean()) == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("path", [VP, DDPM, FLOW])
-def test_the_grid_is_even_in_the_native_time(path: Any) -> None:
+@pytest.mark.parametrize("path", [VP, DDPM, FLOW, EDM])
+def test_the_grid_is_even_in_the_teachers_own_time(path: Any) -> None:
     ends = {"sigma_min": float(path.sigma(path.at(0.0101))), "sigma_max": 1e8 if path is FLOW else 100.0}
     D = Precond(ResMLP(ResMLPConfig((1, 4, 4), 0, 8, 8, 1)), (1, 4, 4), path=path, predicts="v", **ends)
     shares = torch.linspace(0, 1, 9, dtype=torch.float64)
-    u = path.at(native_levels(D, shares))
+    # The time of EDM's path is the noise level, in which even levels would leave none where pictures form.
+    u = (TRIG(0.5) if path is EDM else path).at(own_levels(D, shares))
     assert float((u.diff() / u.diff()[0] - 1).abs().max()) < 1e-6
-    assert native_levels(D, shares)[0] == ends["sigma_min"] and native_levels(D, shares)[-1] == ends["sigma_max"]
-    assert native_levels(D, shares, 20.0)[-1] == 20.0
+    assert own_levels(D, shares)[0] == ends["sigma_min"] and own_levels(D, shares)[-1] == ends["sigma_max"]
+    assert own_levels(D, shares, 20.0)[-1] == 20.0
+    made = TDD(steps=4).sampler(replace(tiny(), denoiser=D)).levels
+    assert float((made[:-1].flip(0) / own_levels(D, torch.tensor([0.25, 0.5, 0.75, 1.0])) - 1).abs().max()) < 1e-12
+    assert path is not EDM or 0.1 < float(made[-2]) < 0.3
 
 
 # ---- the loss
@@ -136,7 +141,7 @@ def test_the_loss_is_that_of_the_two_landings(weight: Any) -> None:
     (x_b, b, _), (x_a, a, _) = m.student.seen
     noise = Noise.of(1, len(x_a))
     j = noise.integers(1, 11, (), "level")
-    c = native_levels(m.student, method.aims((j - 1).double() / 10, noise))
+    c = own_levels(m.student, method.aims((j - 1).double() / 10, noise))
     wide = [level.reshape(-1, 1, 1, 1) for level in (a, b, c)]
     landed = [
         x + (wide[2] / level - 1) * (x - mixture()(x, level) - 0.5) for x, level in zip((x_a, x_b), wide, strict=False)
@@ -149,12 +154,13 @@ def test_the_loss_is_that_of_the_two_landings(weight: Any) -> None:
     assert found == pytest.approx(float(((d**2 + 0.01).sqrt() - 0.1).mean()), rel=1e-6)
 
 
-def test_the_loss_compares_in_the_networks_coordinates() -> None:
-    D = models_of().student
-    x, y = torch.full((2, 1, 1, 1), 3.0, dtype=torch.float64), torch.zeros(2, 1, 1, 1, dtype=torch.float64)
-    level = torch.tensor([0.02, 20.0], dtype=torch.float64)
-    d = 3 / (1 + level**2).sqrt()
-    assert float(native_huber(D, x, y, level, 0.1)) == pytest.approx(float(((d**2 + 0.01).sqrt() - 0.1).mean()))
+def test_landings_are_compared_in_the_networks_own_state() -> None:
+    level = torch.tensor([0.0, 0.02, 20.0], dtype=torch.float64)
+    found = own_scale(models_of().student, level)
+    assert float((found - (1 + level.clamp(min=0.01) ** 2).rsqrt()).abs().max()) < 1e-12
+    # On EDM's path, whose state is x itself, by the part of the picture in unit variance.
+    D = Precond(ResMLP(ResMLPConfig((1, 4, 4), 0, 8, 8, 1)), (1, 4, 4), path=EDM, predicts="x0")
+    assert float((own_scale(D, level) - 0.5 * (0.25 + level.clamp(min=0.002) ** 2).rsqrt()).abs().max()) < 1e-12
 
 
 def test_the_gradient_is_the_students_alone() -> None:
@@ -242,7 +248,7 @@ def test_flow_ddpm_and_lora(tmp_path: Path) -> None:
     made = run("tdd", tmp_path / "lora", method=replace(BASE, guidance=2.0), lora=LoRA(rank=2), budget=2)
     assert Generator.load(tmp_path / "lora").fingerprint() == made.fingerprint()
     noisy = Precond(net, (1, 4, 4), path=FLOW, predicts="noise", sigma_min=1e-3, sigma_max=1e8)
-    with pytest.raises(InputError, match="says nothing of x0 at sigma 1e\\+08, pure noise: set sigma_max"):
+    with pytest.raises(InputError, match="says nothing of x0 at sigma 1e\\+08, pure noise: set sigma_max,"):
         BASE.roles(replace(start, denoiser=noisy))
 
 
@@ -258,6 +264,11 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: TDD(null_share=-1), "null_share within"),
     (lambda: TDD(eta=2), "eta within"),
     (lambda: TDD(huber=0), "huber > 0"),
+    (lambda: TDD(huber=float("nan")), "huber > 0"),
+    (lambda: TDD(window=float("nan")), "window >= 0"),
+    (lambda: TDD(guidance=-1.0), "a scale of guidance >= 0 .*, got -1.0"),
+    (lambda: TDD(guidance=float("nan")), "a scale of guidance >= 0 .*, got nan"),
+    (lambda: TDD(sigma_max=float("nan")).roles(tiny()), "sigma_max=nan is outside"),
     (lambda: TDD(clip=0), "clip > 0"),
     (lambda: TDD(target="start"), "unknown target 'start'"),  # type: ignore[arg-type]
     (lambda: TDD(weight="snr"), "unknown weight 'snr'"),  # type: ignore[arg-type]
@@ -266,7 +277,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: TDD(sigma_max=90.0).roles(tiny()), "sigma_max=90 is outside of the teacher's levels, 0.002 to 80"),
     (lambda: TDD(guidance=3.0).roles(blank()), r"TDD\(guidance=3\) needs a teacher with classes or prompts"),
     (lambda: TDD(guidance=3.0).roles(guided(tiny(), 2.0)), "the teacher is a CFG already: leave guidance out"),
-    (lambda: TDD().roles(replace(blank(), denoiser=mixture())), "Mixture has no path, so no native time"),
+    (lambda: TDD().roles(replace(blank(), denoiser=mixture())), "Mixture has no weights to train"),
     (
         lambda: first(BASE, models_of(), count=2, x0=torch.zeros(2, 3, 4, 4)),
         r"TDD needs pictures of \(1, 1, 1\), as the network takes them, got \(3, 4, 4\)",

@@ -126,9 +126,7 @@ class _Loop:
                     models.networks[name].parameters(), o.lr, o.betas, o.eps, o.weight_decay, fused=True
                 )
         # Listed once: walking the modules in every step costs a small network a tenth of its time.
-        self.parameters: dict[str, list[Tensor]] = {
-            name: [*models.networks[name].parameters()] for name in self.optimizers
-        }
+        self.parameters = {name: [*models.networks[name].parameters()] for name in self.optimizers}
         self.modules = {name: [*models.networks[name].modules()] for name in self.optimizers}
         self.averaged: dict[str, tuple[list[Tensor], list[Tensor]]] = {
             key: ([*average.parameters()], [*average.buffers()]) for key, average in models.averages.items()

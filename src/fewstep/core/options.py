@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fewstep.core import distributed
 from fewstep.errors import InputError
+
+# What `fewstep.train.run.train` takes beside the options of the loop.
+HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Budget:
     def progress(self, step: int, images: int, seconds: float) -> float:
         """The share that is spent."""
         return {"steps": step, "images": images, "seconds": seconds}[self.unit] / self.amount
+
+    def part(self, share: float) -> Budget:
+        """The ``share`` in (0, 1] of it; steps and images are counted whole, and at least 1."""
+        amount = self.amount * share
+        return replace(self, amount=amount if self.unit == "seconds" else float(math.ceil(amount - 1e-9)))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ from fewstep.errors import InputError, unknown
 
 Predicts = Literal["x0", "noise", "velocity", "v"]
 Time = Tensor | float
+# The level that stands for the infinite one of pure noise, from which flow models start.
+PURE_NOISE = 1e8
+# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
+HIGHEST_PICTURED = 1e5
 
 
 class Coeffs(NamedTuple):

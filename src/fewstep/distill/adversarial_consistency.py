@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fewstep.core.cond import Batch
@@ -13,13 +13,12 @@ from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
 from fewstep.core.role import Models, Optim, Role, Update
-from fewstep.distill.consistency import CD, Target, falling_levels
+from fewstep.distill.consistency import CD, Target
 from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import LogNormal
 from fewstep.loss.gan import ADVERSARIAL, Game
-from fewstep.loss.perceptual import distance_in
 from fewstep.models.discriminator import Discriminator, discriminator_config, discriminator_loss, generator_loss
-from fewstep.solve.step import ode_step
+from fewstep.solve.step import pictures
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class AdversarialCD(CD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.adversarial >= 0 or not 0 <= self.after < 1 or not self.penalty >= 0 or self.hidden < 1:
+        weights = (self.adversarial, self.penalty)
+        if not all(0 <= w < math.inf for w in weights) or not 0 <= self.after < 1 or self.hidden < 1:
             raise InputError(
                 f"AdversarialCD needs adversarial >= 0, 0 <= after < 1, penalty >= 0 and hidden >= 1, got "
                 f"{self.adversarial}, {self.after}, {self.penalty} and {self.hidden}"
@@ -96,15 +96,8 @@ class AdversarialCD(CD):
         if not self.adversarial:
             yield from super().step(m, batch, i, noise)
             return
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
-        grid = falling_levels(self.levels - 1, *self.ends(m.student), self.rho).to(x0.device)
-        k = noise.integers(0, self.levels - 1, (), "level")
-        a, b = grid[k], grid[k + 1]
-        x_a = x0 + widen(a, x0) * noise.normal(x0.shape[1:], "n")
-        weight = (1 / (a - b) if self.weighted else torch.ones_like(a)).to(x0)
-        with torch.no_grad():
-            x_b = ode_step(m.teacher, x_a, a, b, cond, order=2 if self.solver == "heun" else 1)
+        x0, cond = pictures("AdversarialCD", batch, m.student.shape), batch.cond
+        pair = self.pair(m, batch, noise)
         s, _ = self.draw(noise.fold("judge"), m.student.sigma_data)
         s = s.clamp(m.teacher.sigma_min, m.teacher.sigma_max)
         z_fake, z_real = (widen(s, x0) * noise.normal(x0.shape[1:], "judge", part) for part in ("fake", "real"))
@@ -112,11 +105,8 @@ class AdversarialCD(CD):
         kept: list[Tensor] = []
 
         def student() -> dict[str, Tensor]:
-            with torch.random.fork_rng([x0.device] if x0.is_cuda else []), torch.no_grad():
-                aim = m.target("student")(x_b, b, cond)
-            made = m.student(x_a, a, cond)
+            agree, made = self.agreement(m, *pair[:4], cond, pair.weight)
             kept.append(made.detach())
-            agree = (weight * distance_in(m, self.distance)(made, aim)).mean()
             if not share:
                 return {"loss": agree, "agreement": agree}
             fooled = generator_loss(m.teacher, m.heads, made + z_fake, s, cond, game=self.game)

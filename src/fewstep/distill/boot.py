@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.denoiser import Denoiser, Wrapper, start_std
+from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import TRIG, Path, widen
+from fewstep.core.path import TRIG, widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.grid.coordinate import Coordinate, coordinate_maps
+from fewstep.grid.coordinate import Coordinate
+from fewstep.grid.own import PURE_NOISE, between, informed_at, own_path
 from fewstep.models.flow_map import UNTIL, Told, flow_map
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.euler import euler
 
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 GRIDS, WEIGHTS = ("cosine", "karras", "native"), ("slope", "constant")
 
 
@@ -38,8 +38,8 @@ class BOOT:
     Attributes:
         steps: 1, the evaluations of the student.
         intervals: levels are trained against those ``1 / intervals`` of the grid below.
-        grid: levels even in arctan(sigma / scale) (cosine), in sigma^(1/7) (karras), or in the time of the teacher's
-            own path (native).
+        grid: levels even in arctan(sigma / scale) (cosine), in sigma^(1/7) (karras), or in the teacher's own
+            time (native): that of its path, or arctan(sigma / sigma_data) where that is the noise level itself.
         scale: of the cosine grid.
         sigma_min: the lowest level, whose signal is the picture. None is the teacher's.
         weight: of the squared error at the lower level: constant, or slope, which divides it by the square of the
@@ -73,10 +73,11 @@ class BOOT:
     def __post_init__(self) -> None:
         if self.steps != 1:
             raise InputError(f"BOOT makes one-step students, got steps={self.steps}: use sfd or cd for more steps")
-        if self.intervals < 1 or not self.scale > 0 or not self.boundary >= 0 or not 0 <= self.anneal <= 1:
+        finite = 0 < self.scale < math.inf and 0 <= self.boundary < math.inf
+        if not self.intervals >= 1 or not finite or not 0 <= self.anneal <= 1:
             raise InputError(
-                f"BOOT needs intervals >= 1, scale > 0, boundary >= 0 and anneal in [0, 1], got {self.intervals}, "
-                f"{self.scale}, {self.boundary} and {self.anneal}"
+                "BOOT needs intervals >= 1, scale > 0 and boundary >= 0, both finite, and anneal in [0, 1], got "
+                f"{self.intervals}, {self.scale}, {self.boundary} and {self.anneal}"
             )
         for what, value, known in (("grid", self.grid, GRIDS), ("weight", self.weight, WEIGHTS)):
             if value not in known:
@@ -111,27 +112,19 @@ class BOOT:
             raise InputError(
                 f"BOOT(sigma_min={low:g}) is outside of the teacher's levels, {least:g} to {top:g}: leave sigma_min out"
             )
-        if top > PURE_NOISE and getattr(_inner(D), "predicts", None) == "noise":
-            raise InputError(
-                f"a network that predicts noise says nothing of the picture at sigma {top:g}: use a teacher that "
-                "predicts x0, v or velocity, or give it a lower sigma_max"
-            )
+        informed_at(D, top)
         return low, top
 
     def level(self, D: Denoiser, u: Tensor) -> Tensor:
         """The level at the place ``u`` in [0, 1] of the grid, float64; the ends of the range are exact.
 
         Raises:
-            InputError: Karras' grid from pure noise, or the native grid of a denoiser without a path.
+            InputError: Karras' grid from pure noise, or what :meth:`ends` refuses.
         """
         low, top = self.ends(D)
-        forward, inverse = coordinate_maps(self._coordinate(_inner(D), top))
-        first, last = forward(torch.tensor([low, top], dtype=torch.float64)).tolist()
-        sigma = inverse(first + u.double().clamp(0, 1) * (last - first)).clamp(low, top)
-        sigma = torch.where(u >= 1, torch.full_like(sigma, top), sigma)
-        return torch.where(u <= 0, torch.full_like(sigma, low), sigma)
+        return between(u, low, top, self._coordinate(D, top))
 
-    def _coordinate(self, inner: Any, top: float) -> Coordinate:
+    def _coordinate(self, D: Denoiser, top: float) -> Coordinate:
         if self.grid == "cosine":
             return TRIG(self.scale)
         if self.grid == "karras":
@@ -141,10 +134,7 @@ class BOOT:
                     "SNR: use grid cosine or native"
                 )
             return "rho7"
-        path = getattr(inner, "path", None)
-        if not isinstance(path, Path):
-            raise InputError(f"{type(inner).__name__} has no path, so no native grid: use grid cosine or karras")
-        return path
+        return own_path(D)
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """The bootstrapping loss and the boundary condition; the targets are made outside of the update."""
@@ -212,7 +202,3 @@ def bootstrap(
         return ahead
     second = D(ahead + widen(t, y) * n, t, cond).to(y.dtype)
     return torch.lerp((first + second) / 2, y, kept)
-
-
-def _inner(D: Any) -> Any:
-    return D.inner if isinstance(D, Wrapper) else D

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from fewstep.models.control import controlled, steerable, whole
 from fewstep.models.frozen import frozen, network_under
 from fewstep.models.image_conditioned import IMAGE
 from fewstep.models.lora import Shared
-from fewstep.solve.step import ddim
+from fewstep.solve.step import ddim, pictures
 from fewstep.train.run import train
 
 Move = Literal["free", "controlled"]
@@ -73,15 +74,18 @@ class CoDi(Consistency):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.intervals < 1 or not self.data_weight >= 0:
+        if self.intervals < 1 or not 0 <= self.data_weight < math.inf:
             raise InputError(
                 f"CoDi needs intervals >= 1 and data_weight >= 0, got {self.intervals} and {self.data_weight}"
             )
         for what, value, known in (("move", self.move, ("free", "controlled")), ("form", self.form, ("x0", "noise"))):
             if value not in known:
                 raise unknown(what, value, known)
-        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1]:
-            raise InputError(f"CoDi draws a guidance scale from 0 <= least <= greatest, got {self.guidance}")
+        ends = (0, 0) if self.guidance is None else self.guidance
+        if len(ends) != 2 or not all(isinstance(end, int) for end in ends) or not 0 <= ends[0] <= ends[1]:
+            raise InputError(
+                f"CoDi draws a guidance scale from whole numbers 0 <= least <= greatest, got {self.guidance}: give two"
+            )
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """The student is the teacher's network with a fresh branch; it is the branch alone that is a module.
@@ -110,8 +114,7 @@ class CoDi(Consistency):
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """One step of DDIM down the grid, and the target where it lands (algorithm 1)."""
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
+        x0, cond = pictures("CoDi", batch, m.student.shape), batch.cond
         if IMAGE not in cond:
             raise InputError("CoDi learns from data with the condition 'image', such as sr-digits: these have none")
         low, top = self.ends(m.student)
@@ -151,7 +154,7 @@ class CoDi(Consistency):
         Raises:
             InputError: data without such pictures, or of another size than the teacher's.
         """
-        pictures = ImageConditions(data)
+        conds = ImageConditions(data)
         if tuple(data.shape) != tuple(teacher.denoiser.shape) and teacher.codec is None:
             raise InputError(
                 f"data {data.name!r} are {tuple(data.shape)} and the teacher makes {tuple(teacher.denoiser.shape)}"
@@ -159,11 +162,11 @@ class CoDi(Consistency):
         if not isinstance(teacher.conds, ImageConditions):
             if teacher.pipeline is not None:
                 raise InputError("the conditions of a pipeline cannot be joined with pictures: pass a teacher without")
-            teacher = replace(teacher, conds=pictures)
-        elif teacher.conds.shape != pictures.shape:
+            teacher = replace(teacher, conds=conds)
+        elif teacher.conds.shape != conds.shape:
             raise InputError(
                 f"image conditions of wrong size: the teacher's are {teacher.conds.shape}, those of the data "
-                f"{pictures.shape}"
+                f"{conds.shape}"
             )
         return train(teacher, self, data, out=out, budget=budget, **options)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fewstep.core.cond import Batch, Cond
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import widen
+from fewstep.core.path import HIGHEST_PICTURED, widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
@@ -25,12 +26,10 @@ from fewstep.loss.perceptual import DISTANCES, DistanceName, distance_in, distan
 from fewstep.models.consistency import anchored
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.consistency import consistency
-from fewstep.solve.step import ode_step
+from fewstep.solve.step import ode_step, pictures
 
 Target = Literal["self", "ema"]
 TARGETS = ("self", "ema")
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 PUBLISHED = 0.002
 
 
@@ -71,7 +70,7 @@ class Consistency:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.steps < 1 or not self.rho > 0:
+        if self.steps < 1 or not 0 < self.rho < math.inf:
             raise InputError(f"{name} needs steps >= 1 and rho > 0, got steps={self.steps} and rho={self.rho}")
         if self.middle and len(self.middle) != self.steps - 1:
             raise InputError(
@@ -97,7 +96,7 @@ class Consistency:
                 f"{name} from sigma {top:g} to {low:g} is outside of the teacher's levels, {least:g} to {most:g}: "
                 "leave sigma_min and sigma_max out, or keep them within"
             )
-        if top > PURE_NOISE:
+        if top > HIGHEST_PICTURED:
             raise InputError(
                 f"{name} cannot start at sigma {top:g}, the pure noise of a flow model or of zero terminal SNR: a grid "
                 "from there would have hardly a level where pictures form; set sigma_max, such as 80"
@@ -120,13 +119,20 @@ class Consistency:
         return {"student": made, **distance_roles(self.distance, teacher, self.features)}
 
     def compare(self, m: Models, x_a: Tensor, a: Tensor, x_b: Tensor, b: Tensor, cond: Cond, weight: Tensor) -> Tensor:
-        """``mean of weight d(f(x_a, a), f-(x_b, b))``, a scalar; levels and weight (B,).
+        """``mean of weight d(f(x_a, a), f-(x_b, b))``, a scalar; levels and weight (B,)."""
+        return self.agreement(m, x_a, a, x_b, b, cond, weight)[0]
+
+    def agreement(
+        self, m: Models, x_a: Tensor, a: Tensor, x_b: Tensor, b: Tensor, cond: Cond, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`compare` gives, and the student's estimate ``f(x_a, a)`` (B, ...).
 
         The target without a gradient runs first, with the dropout mask that the student then draws.
         """
         with torch.random.fork_rng([x_a.device] if x_a.is_cuda else []), torch.no_grad():
             aim = m.target("student")(x_b, b, cond)
-        return (weight.to(x_a) * distance_in(m, self.distance)(m.student(x_a, a, cond), aim)).mean()
+        made = m.student(x_a, a, cond)
+        return (weight.to(x_a) * distance_in(m, self.distance)(made, aim)).mean(), made
 
     def sampler(self, teacher: Generator) -> Tableau:
         """Multistep consistency sampling (arXiv 2303.01469, algorithm 1)."""
@@ -136,6 +142,24 @@ class Consistency:
         usual = falling_levels(parts, low, top, self.rho)[every:-1:every].tolist()
         levels = torch.tensor([top, *(self.middle or usual), 0.0], dtype=torch.float64)
         return consistency(levels, sigma_min=low)
+
+
+class Pair(NamedTuple):
+    """Two points of one trajectory.
+
+    Attributes:
+        x_a: the one with more noise, (B, ...).
+        a: its levels, (B,).
+        x_b: the one with less, (B, ...).
+        b: its levels, (B,).
+        weight: of each pair in the loss, (B,).
+    """
+
+    x_a: Tensor
+    a: Tensor
+    x_b: Tensor
+    b: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -193,16 +217,23 @@ class CD(Consistency):
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 2: the teacher's step is taken once, outside of the update."""
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
+        pair, cond = self.pair(m, batch, noise), batch.cond
+        yield Update("student", lambda: self.compare(m, *pair[:4], cond, pair.weight))
+
+    def pair(self, m: Models, batch: Batch, noise: Noise) -> Pair:
+        """Neighbouring levels of the grid, a noised picture at the higher one, and the teacher's step to the lower.
+
+        Raises:
+            InputError: a batch without pictures, or with others than the student takes.
+        """
+        x0, cond = pictures(type(self).__name__, batch, m.student.shape), batch.cond
         grid = falling_levels(self.levels - 1, *self.ends(m.student), self.rho).to(x0.device)
         k = noise.integers(0, self.levels - 1, (), "level")
         a, b = grid[k], grid[k + 1]
         x_a = x0 + widen(a, x0) * noise.normal(x0.shape[1:], "n")
         with torch.no_grad():
             x_b = ode_step(m.teacher, x_a, a, b, cond, order=2 if self.solver == "heun" else 1)
-        weight = 1 / (a - b) if self.weighted else torch.ones_like(a)
-        yield Update("student", lambda: self.compare(m, x_a, a, x_b, b, cond, weight))
+        return Pair(x_a, a, x_b, b, 1 / (a - b) if self.weighted else torch.ones_like(a))
 
 
 @lru_cache(maxsize=16)

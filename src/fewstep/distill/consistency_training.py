@@ -18,6 +18,7 @@ from fewstep.core.path import widen
 from fewstep.core.role import Ema, Models, Role, Update
 from fewstep.distill.consistency import Consistency, falling_levels
 from fewstep.errors import InputError, unknown
+from fewstep.solve.step import pictures
 
 Curriculum = Literal["doubling", "growing"]
 
@@ -65,8 +66,10 @@ class CT(Consistency):
             raise unknown("curriculum", self.curriculum, ("doubling", "growing"))
         if not 1 <= self.first <= self.last:
             raise InputError(f"CT needs 1 <= first <= last, got {self.first} and {self.last}")
-        if not self.std > 0:
-            raise InputError(f"CT needs std > 0 for its draw of levels, got {self.std}")
+        if not 0 < self.std < math.inf or not (self.mean is None or math.isfinite(self.mean)):
+            raise InputError(
+                f"CT needs std > 0 and a finite mean for its draw of levels, got {self.std} and {self.mean}"
+            )
         if self.mu is not None and (not 0 < self.mu < 1 or self.target != "ema"):
             raise InputError(
                 f"CT takes mu within (0, 1), and with target 'ema' only, got {self.mu} with {self.target!r}"
@@ -99,8 +102,7 @@ class CT(Consistency):
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 3 of the first paper: both points share picture and noise."""
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
+        x0, cond = pictures("CT", batch, m.student.shape), batch.cond
         ends, steps = self.ends(m.student), self.count(m.progress) - 1
         grid = falling_levels(steps, *ends, self.rho).to(x0.device)
         edges = chances(steps, *ends, self.rho, self.mean, self.std).cumsum(0).to(x0.device)
@@ -163,10 +165,12 @@ class ECT(Consistency):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stages < 1 or not self.std > 0:
-            raise InputError(f"ECT needs stages >= 1 and std > 0, got {self.stages} and {self.std}")
-        if not self.q > 1 or self.k < 0:
-            raise InputError(f"ECT needs q > 1 and k >= 0, got {self.q} and {self.k}")
+        if self.stages < 1 or not 0 < self.std < math.inf or not math.isfinite(self.mean):
+            raise InputError(
+                f"ECT needs stages >= 1, std > 0 and a finite mean, got {self.stages}, {self.std} and {self.mean}"
+            )
+        if not 1 < self.q < math.inf or not 0 <= self.k < math.inf or not math.isfinite(self.b):
+            raise InputError(f"ECT needs finite q > 1, k >= 0 and b, got {self.q}, {self.k} and {self.b}")
 
     def partner(self, t: Tensor, progress: float, low: float) -> Tensor:
         """The lower level r of ``t``, shaped like ``t``, at least ``low``, when ``progress`` of the budget is spent."""
@@ -180,8 +184,7 @@ class ECT(Consistency):
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Both points share picture and noise; the weight is the inverse of their gap."""
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
+        x0, cond = pictures("ECT", batch, m.student.shape), batch.cond
         low, top = self.ends(m.student)
         t = self.draw(noise, low, top)
         r = self.partner(t, m.progress, low)

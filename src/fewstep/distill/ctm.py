@@ -17,15 +17,14 @@ from fewstep.core.denoiser import Denoiser, Precond
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
-from fewstep.core.role import Ema, Models, Optim, Role, Update
+from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
 from fewstep.core.tableau import Builder, Tableau
 from fewstep.distill.consistency import Consistency, Target, falling_levels
 from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import LogNormal
 from fewstep.loss.dsm import dsm
-from fewstep.loss.gan import ADVERSARIAL
 from fewstep.loss.perceptual import distance_in, distance_roles
-from fewstep.models.discriminator import discriminator, judged
+from fewstep.models.discriminator import Discriminator, discriminator_config, discriminator_loss, generator_loss
 from fewstep.models.flow_map import UNTIL, Told, flow_map, jump, landing
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.step import ode_step, pictures
@@ -67,7 +66,8 @@ class CTM(Consistency):
         draw: noise levels of the denoising term, and of what the discriminator sees.
         gan: weight of the adversarial term, 0 for none.
         gan_start: share of the budget after which it starts.
-        taps: the teacher's features that the discriminator judges.
+        taps: the teacher's features that the discriminator judges; without any the bottleneck, or a transformer's
+            middle block.
         heads: optimizer of the discriminator.
         adaptive: whether each further term is scaled so that its gradient is as large as the consistency term's at the
             last layer. The ratio is that of a micro-batch, as it is that of a device in the published code.
@@ -86,7 +86,7 @@ class CTM(Consistency):
     draw: LogNormal = LogNormal()
     gan: float = 0.0
     gan_start: float = 0.5
-    taps: tuple[str, ...] = ("bottleneck",)
+    taps: tuple[str, ...] = ()
     heads: Optim = Optim(lr=2e-3, betas=(0.5, 0.99))
     adaptive: bool = True
     gamma: float = 0.0
@@ -110,7 +110,8 @@ class CTM(Consistency):
 
         Raises:
             InputError: see :meth:`Consistency.ends`, :class:`fewstep.models.extended.Extended`,
-                :func:`fewstep.loss.perceptual.distance_of` and :func:`fewstep.models.discriminator.discriminator`.
+                :func:`fewstep.loss.perceptual.distance_of`, and
+                :func:`fewstep.models.discriminator.discriminator_config`.
         """
         self.ends(teacher.denoiser)
         whole, form = frozen(teacher.denoiser), flow_map(network_under(teacher.denoiser))
@@ -122,8 +123,8 @@ class CTM(Consistency):
             **distance_roles(self.distance, teacher, self.features),
         }
         if self.gan:
-            discriminator(teacher, self.taps)
-            made["heads"] = Role(lambda: discriminator(teacher, self.taps), self.heads)
+            size = discriminator_config(teacher, self.taps)
+            made["heads"] = Role(lambda: Discriminator(size), self.heads)
         return made
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
@@ -141,15 +142,16 @@ class CTM(Consistency):
                 parts["dsm"] = self.denoising(m.student, x0, cond, noise)
             if self.judging(m):
                 fakes.append(made.detach())
-                parts["gan"] = ADVERSARIAL["hinge"].generator(self.judge(m, made, cond, noise.fold("made")))
+                seen, sigma = self.noised(m, made, noise.fold("made"))
+                parts["gan"] = generator_loss(m.teacher, m.heads, seen, sigma, cond)
             return self.balanced(m.student, parts)
 
         yield Update("student", loss)
         if self.judging(m):
 
-            def duel() -> Tensor:
-                real, fake = self.judge(m, x0, cond, noise.fold("real")), self.judge(m, fakes[-1], cond, noise)
-                return ADVERSARIAL["hinge"].discriminator(real, fake)
+            def duel() -> Losses:
+                (real, sigma), (fake, _) = self.noised(m, x0, noise, "real"), self.noised(m, fakes.pop(), noise, "fake")
+                return discriminator_loss(m.teacher, m.heads, real, fake, sigma, cond)
 
             yield Update("heads", duel)
 
@@ -157,7 +159,7 @@ class CTM(Consistency):
     def targets(self, m: Models, x0: Tensor, cond: Cond, i: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(x_t, t, s, target)``: the point to jump from, the levels (B,) of both ends, and what to compare with."""
         grid = falling_levels(self.levels - 1, *self.ends(m.student), self.rho).to(x0.device)
-        count = self.heun_steps(i)
+        count = self.heun_steps(m, i)
         k = noise.integers(0, self.levels - count, (), "level")
         x_t = x = x0 + widen(grid[k], x0) * noise.normal(x0.shape[1:], "n")
         for j in range(count):
@@ -170,13 +172,13 @@ class CTM(Consistency):
         floor = torch.full_like(grid[k], self.ends(m.student)[0])
         return x_t, grid[k], grid[end], jump(m.target("student"), near, grid[end], floor, cond)
 
-    def heun_steps(self, i: int) -> int:
+    def heun_steps(self, m: Models, i: int) -> int:
         """The teacher's steps in iteration ``i``: the same for every sample, micro-batch and process.
 
         A count for each sample would cost as much as the largest, or a wait for the device.
         """
         most = min(self.span, self.levels - 1)
-        return 1 if self.reach == "local" else int(Noise.of(i, 1).integers(1, most + 1, (), "heun steps"))
+        return 1 if self.reach == "local" else int(m.common(i).integers(1, most + 1, (), "heun steps"))
 
     def denoising(self, g: Denoiser, x0: Tensor, cond: Cond, noise: Noise) -> Tensor:
         """Eq. 11: the student that lands where it starts is a denoiser."""
@@ -188,11 +190,11 @@ class CTM(Consistency):
         """Whether the adversarial term is on now."""
         return self.gan > 0 and m.progress >= self.gan_start
 
-    def judge(self, m: Models, x: Tensor, cond: Cond, noise: Noise) -> Tensor:
-        """Logits of ``x``, noised to a drawn level."""
+    def noised(self, m: Models, x: Tensor, noise: Noise, own: str = "n") -> tuple[Tensor, Tensor]:
+        """``x`` (B, ...) as the discriminator sees it, noised by the noise ``own`` to a drawn level, and the levels."""
         sigma, _ = self.draw(noise.fold("judge"), m.student.sigma_data)
         sigma = sigma.clamp(m.student.sigma_min, m.student.sigma_max)
-        return judged(m.teacher, m.heads, x + widen(sigma, x) * noise.normal(x.shape[1:], "judge n"), sigma, cond)
+        return x + widen(sigma, x) * noise.normal(x.shape[1:], "judge", own), sigma
 
     def balanced(self, student: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum of the terms as ``loss``, beside each of them (eq. 13 and 14)."""

@@ -9,28 +9,32 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.core.cond import Batch, Cond, cat, null
-from fewstep.core.denoiser import Denoiser, Precond, start_std
+from fewstep.core.cond import Batch, Cond
+from fewstep.core.denoiser import Denoiser, Precond, Wrapper, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
-from fewstep.distill.imagine_flash import levels_at, native_levels
 from fewstep.errors import InputError, unknown
+from fewstep.grid.own import own_grid, own_levels
 from fewstep.guide.cfg import CFG, guided
-from fewstep.loss.gan import ADVERSARIAL, Game
+from fewstep.guide.dynamic import guided_at
+from fewstep.loss.gan import Game
 from fewstep.loss.huber import pseudo_huber
+from fewstep.loss.perceptual import distance_in, distance_roles
 from fewstep.models.discriminator import (
     Discriminator,
+    check_game,
     discriminator_config,
     discriminator_loss,
     generator_loss,
+    judging,
 )
 from fewstep.models.frozen import Frozen, frozen, network_under, nulls_of
 from fewstep.solve.consistency import consistency
@@ -57,13 +61,16 @@ class FlashDiffusion:
 
     Attributes:
         steps: evaluations of the shipped sampler; training is the same for all.
-        teacher_steps: K, the teacher's steps from pure noise to a picture, even in the time of its own path.
+        teacher_steps: K, the teacher's steps from pure noise to a picture, even in its own time: that of its path, or
+            arctan(sigma / sigma_data) where that is the noise level itself.
         components: modes of the mixture of levels, at every (K / components)-th of those steps.
         modes: their weights, ``components`` numbers for each phase, phase after phase.
-        variance: of each mode, in steps of the teacher.
+        variance: v of each mode, ``exp(-d^2 / v)`` at d steps of the teacher from its middle, as in the published code:
+            the variance of that bell in the statistical sense is v / 2.
         distil: weight of the distance to the teacher's solution.
-        distance: huber, the root mean square of a picture's error with a smooth minimum; l2 or l1, a mean over pixels.
-            The paper's is LPIPS for Stable Diffusion 1.5, whose slope, like huber's, does not fade with the error.
+        distance: huber, the root mean square of a picture's error with a smooth minimum; l2 or l1, a mean over pixels;
+            lpips, the paper's for Stable Diffusion 1.5, whose slope, like huber's, does not fade with the error.
+        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         adversarial: weight of the adversarial term in each phase.
         dmd: weight of the distribution matching term in each phase.
         guidance: lowest and highest scale of the teacher's guidance, drawn for each sample; the paper's is 3 to 13 for
@@ -92,7 +99,8 @@ class FlashDiffusion:
     )
     variance: float = 0.5
     distil: float = 1.0
-    distance: Literal["huber", "l2", "l1"] = "huber"
+    distance: Literal["huber", "l2", "l1", "lpips"] = "huber"
+    features: str = "own"
     adversarial: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
     dmd: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7)
     guidance: tuple[float, float] | None = None
@@ -106,7 +114,8 @@ class FlashDiffusion:
     ema: Ema = Ema(power=0.05)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 1 <= self.components <= self.teacher_steps or not self.variance > 0:
+        whole = self.steps >= 1 and 1 <= self.components <= self.teacher_steps
+        if not whole or not 0 < self.variance < math.inf:
             raise InputError(
                 "FlashDiffusion needs steps >= 1, 1 <= components <= teacher_steps and variance > 0, got "
                 f"{self.steps}, {self.components}, {self.teacher_steps} and {self.variance}"
@@ -119,17 +128,18 @@ class FlashDiffusion:
             )
         rows = [self.modes[k : k + self.components] for k in range(0, len(self.modes), self.components)]
         weights = (self.distil, *self.adversarial, *self.dmd, *self.modes)
-        if min(weights) < 0 or not all(sum(row) > 0 for row in rows):
-            raise InputError("FlashDiffusion needs weights >= 0, and in each phase a mode above 0")
+        if not all(0 <= weight < math.inf for weight in weights) or not all(sum(row) > 0 for row in rows):
+            raise InputError("FlashDiffusion needs finite weights >= 0, and in each phase a mode above 0")
         if any(self.distil + a + d == 0 for a, d in zip(self.adversarial, self.dmd, strict=True)):
             raise InputError("FlashDiffusion needs one of its terms above 0 in each phase")
-        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] < math.inf:
-            raise InputError(f"FlashDiffusion(guidance=...) is a range of scales >= 0, rising, got {self.guidance}")
-        if not self.judged_at or not all(0 <= place < 1 for place in self.judged_at):
-            raise InputError(f"FlashDiffusion(judged_at=...) takes places within [0, 1), got {self.judged_at}")
+        around = self.guidance
+        if around is not None and not (len(around) == 2 and 0 <= around[0] <= around[1] < math.inf):
+            raise InputError(
+                f"FlashDiffusion(guidance=...) is the lowest and the highest of a range of scales >= 0, got {around}"
+            )
+        check_game("FlashDiffusion", self.game, self.judged_at, self.hidden)
         named = (
-            ("adversarial loss", self.game, tuple(ADVERSARIAL)),
-            ("distance", self.distance, tuple(DISTANCES)),
+            ("distance", self.distance, (*DISTANCES, "lpips")),
             ("kind of real pictures", self.real, ("data", "teacher")),
         )
         for what, value, known in named:
@@ -140,11 +150,12 @@ class FlashDiffusion:
         """The student starts as the network of the teacher, whose guidance stays with it.
 
         Raises:
-            InputError: a denoiser without a network, one without features for the adversarial term, or guidance asked
-                of a teacher that is unconditional or wrapped otherwise.
+            InputError: a denoiser without a network, one without features for the adversarial term, guidance asked of a
+                teacher that is unconditional or wrapped otherwise, or what
+                :func:`fewstep.loss.perceptual.distance_roles` refuses.
         """
         D, student = teacher.denoiser, network_under(teacher.denoiser)
-        native_levels(D, self.teacher_steps)
+        own_grid(D, self.teacher_steps)
         if self.guidance is not None:
             D = (
                 D
@@ -161,17 +172,19 @@ class FlashDiffusion:
             "teacher": Role(lambda: made),
             "student": Role(lambda: copy.deepcopy(student), self.optim, self.ema, ships=True),
         }
+        if self.distil:
+            roles |= distance_roles(self.distance, teacher, self.features)
         if any(self.adversarial):
             size = discriminator_config(teacher, self.taps, self.hidden)
             roles["discriminator"] = Role(lambda: Discriminator(size), self.critic)
         return roles
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
-        """The teacher's solution from noised data, the discriminator in phases that play, and the student."""
+        """The teacher's solution from noised data, the student and, in phases that play, the discriminator."""
         x0, cond = pictures("FlashDiffusion", batch, m.student.shape), batch.cond
         phase = self.phase(m.progress)
         plays, matches = self.adversarial[phase], self.dmd[phase]
-        start = self.start(i, phase)
+        start = self.start(m, i, phase)
         table = _solution(self, m.student, start)
         n = noise.normal(x0.shape[1:], "n", dtype=x0.dtype)
         x = start_std(m.student, table.start) * n if start == 0 else x0 + table.start * n
@@ -180,34 +193,38 @@ class FlashDiffusion:
         if self.distil or (plays and self.real == "teacher"):
             # The sampler records no gradient.
             aim = table(self.guide(m, noise), x, cond)
-        if plays:
-            with torch.no_grad():
-                made = m.student(x, sigma, cond)
-            real, fake = self.noised(m, noise, x0 if self.real == "data" else aim, made)
-            at = self.judging_levels(m.student, noise)
-
-            def judging() -> dict[str, Tensor]:
-                return discriminator_loss(m.teacher, m.discriminator, real, fake, at, cond, game=self.game)
-
-            yield Update("discriminator", judging)
+        seen = judging(noise, self.judging_levels(m), x0) if plays else None
+        kept: list[Tensor] = []
 
         def loss() -> dict[str, Tensor]:
             own = m.student(x, sigma, cond)
             parts: dict[str, Tensor] = {}
             if self.distil:
-                parts["distil"] = self.distil * DISTANCES[self.distance](own, aim)
-            if plays:
-                (fake,) = self.noised(m, noise, own)
-                at = self.judging_levels(m.student, noise)
-                parts["adversarial"] = plays * generator_loss(
-                    m.teacher, m.discriminator, fake, at, cond, game=self.game
-                )
+                parts["distil"] = self.distil * self.apart(m, own, aim)
+            if seen is not None:
+                at, z = seen
+                kept.append(own.detach())
+                game = generator_loss(m.teacher, m.discriminator, own + z, at, cond, game=self.game)
+                parts["adversarial"] = plays * game
             if matches:
                 parts["dmd"] = matches * self.matching(m, own, cond, noise.fold("dmd"))
             told = {name: part.detach() for name, part in parts.items()}
             return {"loss": torch.stack([*parts.values()]).sum(), **told}
 
         yield Update("student", loss)
+        if seen is None:
+            return
+        at, z = seen
+        real = (x0 if self.real == "data" else aim) + z
+
+        def judge() -> dict[str, Tensor]:
+            return discriminator_loss(m.teacher, m.discriminator, real, kept.pop() + z, at, cond, game=self.game)
+
+        yield Update("discriminator", judge)
+
+    def apart(self, m: Models, x: Tensor, aim: Tensor) -> Tensor:
+        """The distance to the teacher's solution, a scalar whose size does not depend on that of a picture."""
+        return distance_in(m, "lpips")(x, aim).mean() if self.distance == "lpips" else DISTANCES[self.distance](x, aim)
 
     def matching(self, m: Models, x: Tensor, cond: Cond, noise: Noise) -> Tensor:
         """The DMD term of ``x`` (B, ...), a scalar whose gradient is 2 (D_student - D_teacher) / mean|x - D_teacher|.
@@ -215,7 +232,7 @@ class FlashDiffusion:
         The student itself stands in for a fake score. Each gradient is divided by the number of values, and ``x``
         alone gets one.
         """
-        sigma = levels_at(m.student, noise.uniform((), "level", dtype=torch.float64))
+        sigma = own_levels(m.student, noise.uniform((), "level", dtype=torch.float64))
         with torch.no_grad():
             y = x + widen(sigma, x) * noise.normal(x.shape[1:], "n", dtype=x.dtype)
             d_teacher, d_fake = self.guide(m, noise)(y, sigma, cond), m.student(y, sigma, cond)
@@ -228,7 +245,7 @@ class FlashDiffusion:
         if self.guidance is None:
             return cast(Denoiser, m.teacher)
         low, high = self.guidance
-        return Scaled(m.teacher, low + (high - low) * noise.uniform((), "guidance"))
+        return Scaled(cast(Frozen, m.teacher), low + (high - low) * noise.uniform((), "guidance"))
 
     def phase(self, progress: float) -> int:
         """The number of the phase when the share ``progress`` of the budget is spent; all are equally long."""
@@ -244,49 +261,39 @@ class FlashDiffusion:
         ]
         return [part / sum(mass) for part in mass]
 
-    def start(self, i: int, phase: int) -> int:
+    def start(self, m: Models, i: int, phase: int) -> int:
         """The number of the level of iteration ``i``, one for all samples, as the teacher goes on from there.
 
-        A sequence that meets every level as often as it is probable, in any stretch of iterations: nothing of it
-        depends on the batch, so that all processes and micro-batches agree.
+        From a sequence that meets every level as often as it is probable, in any stretch of iterations, and that starts
+        where the run's seed says: nothing of it depends on the batch, so that processes and micro-batches agree.
         """
-        place = (GOLDEN * (i + 1)) % 1.0
+        first = float(m.common(0).uniform((), "start", dtype=torch.float64))
+        place = (first + GOLDEN * i) % 1.0
         edges = list(itertools.accumulate(self.chances(phase)))
         return min(bisect.bisect_right(edges, place), self.teacher_steps - 1)
 
-    def judging_levels(self, D: Denoiser, noise: Noise) -> Tensor:
-        """(B,) float64: the level at which the discriminator sees each example."""
-        known = levels_at(D, torch.tensor(self.judged_at, dtype=torch.float64, device=noise.seeds.device))
-        return known[noise.integers(0, len(known), (), "judged")]
-
-    def noised(self, m: Models, noise: Noise, *given: Tensor) -> tuple[Tensor, ...]:
-        """Pictures (B, ...) as the discriminator sees them, all with the same noise."""
-        sigma = widen(self.judging_levels(m.student, noise), given[0])
-        n = noise.normal(given[0].shape[1:], "judged", dtype=given[0].dtype)
-        return tuple(x + sigma * n for x in given)
+    def judging_levels(self, m: Models) -> list[float]:
+        """The levels at which the discriminator sees pictures."""
+        return own_levels(m.student, torch.tensor(self.judged_at, dtype=torch.float64)).tolist()
 
     def sampler(self, teacher: Generator) -> Tableau:
-        """Multistep consistency sampling on every (K / steps)-th of the teacher's levels, as for latent consistency."""
-        return consistency(native_levels(teacher.denoiser, self.steps))
+        """Multistep consistency sampling on levels even in the teacher's own time, as for latent consistency models.
+
+        They are every (K / steps)-th level of the teacher where ``steps`` divides K.
+        """
+        return consistency(own_grid(teacher.denoiser, self.steps))
 
 
-class Scaled:
-    """A guided teacher with a scale of its own for each sample: ``free + w (own - free)``, ``w`` (B,)."""
+class Scaled(Wrapper):
+    """The network of a guided teacher with a scale of its own for each sample, ``w`` (B,)."""
 
-    def __init__(self, teacher: nn.Module, w: Tensor) -> None:
-        assert isinstance(teacher, Frozen)
-        self.teacher, self.w, self.nulls = teacher, w, nulls_of(teacher)
-        self.shape, self.sigma_data = teacher.shape, teacher.sigma_data
-        self.sigma_min, self.sigma_max = teacher.sigma_min, teacher.sigma_max
+    def __init__(self, teacher: Frozen, w: Tensor) -> None:
+        super().__init__(teacher.network)
+        self.w, self.nulls = w, nulls_of(teacher)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """See :class:`fewstep.core.denoiser.Denoiser`; one batch of twice the size."""
-        own: dict[str, Tensor] = dict(cond or {})
-        if isinstance(sigma, Tensor) and sigma.ndim:
-            sigma = torch.cat([sigma, sigma])
-        both: Any = self.teacher.network(torch.cat([x, x]), sigma, cat([null(own, self.nulls), own]))
-        free, told = both.chunk(2)
-        return torch.lerp(free, told, widen(self.w, free))
+        return guided_at(self.denoiser, x, sigma, cond or {}, self.w, self.nulls)
 
 
 @lru_cache(maxsize=128)
@@ -296,4 +303,4 @@ def _table(teacher_steps: int, start: int, levels: tuple[float, ...]) -> Tableau
 
 def _solution(method: FlashDiffusion, D: Denoiser, start: int) -> Tableau:
     """The teacher's solver from its level number ``start`` on: DPM-Solver++(2M)."""
-    return _table(method.teacher_steps, start, tuple(native_levels(D, method.teacher_steps).tolist()))
+    return _table(method.teacher_steps, start, tuple(own_grid(D, method.teacher_steps).tolist()))

@@ -97,6 +97,10 @@ def distill(
         # A method of several stages trains each of them itself.
         student: Generator = run(teacher, data, out=out, budget=budget, **options)
         return student
+    check: Any = getattr(method, "check", None)
+    if check is not None:
+        # What a method of one stage asks of its data, before there is a run folder.
+        check(teacher, data)
     source = ConditionsOnly(teacher.conds) if data is None else data
     return train(teacher, method, source, out=out, budget=budget, **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
+from fewstep.data.pairs import OnlinePairs, Pairs, require_pairs
+from fewstep.distill.reflow import paired
 from fewstep.errors import InputError, unknown
 from fewstep.loss.huber import pseudo_huber
 from fewstep.models.get import GRADIENTS, GETConfig, Gradient, OneLevel, ViTConfig, one_level, transformer
@@ -107,6 +109,14 @@ class GETDistillation:
         tied = {"tied": self.tied, "tied_mlp": self.tied_mlp, "iterations": self.iterations}
         return GETConfig(*alike, self.depth, **tied, start=self.start)  # type: ignore[arg-type]
 
+    def check(self, teacher: Generator, data: Any) -> Pairs | OnlinePairs:
+        """The data, if it is pairs that ``teacher`` made.
+
+        Raises:
+            InputError: see :func:`fewstep.data.pairs.require_pairs`.
+        """
+        return require_pairs(data, teacher, "GET")
+
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """The student alone, with fresh weights.
 
@@ -125,14 +135,9 @@ class GETDistillation:
         """Regression with every supervised iterate (arXiv 2401.08639, section 4).
 
         Raises:
-            InputError: data without the noise that the pictures were made from.
+            InputError: data without the noise that the pictures were made from, or of another shape.
         """
-        x, n = batch.x, batch.noise
-        if x is None or n is None:
-            raise InputError(
-                "GET learns from pairs of noise and picture and got pictures without their noise: make pairs of this "
-                "teacher with `fewstep pairs` and pass them as data"
-            )
+        x, n = paired(batch, m.student, "GET")
 
         def loss() -> dict[str, Tensor]:
             found = m.student.net.iterates(n, batch.cond, self.gradient, self.damping, self.backward)

@@ -24,9 +24,11 @@ from fewstep.core.path import widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.state import Run, load_weights
 from fewstep.core.tableau import Builder, Tableau
-from fewstep.distill.tdd import guided_for, native_huber, native_levels
-from fewstep.errors import InputError
+from fewstep.distill.tdd import WEIGHTS, Weight, aimed_at, guided_for, own_scale, weight_of
+from fewstep.errors import InputError, unknown
+from fewstep.grid.own import own_levels, picked
 from fewstep.guide.dynamic import SCALE, guided_at
+from fewstep.loss.huber import pixel_huber
 from fewstep.models.extended import Extended, extended
 from fewstep.models.frozen import frozen, network_under, nulls_of
 from fewstep.models.lora import Adapted, merge
@@ -42,8 +44,9 @@ ENCODER = "encoder"
 class ICD:
     """Trains two consistency models: the student from noise to pictures, which ships, and the encoder the other way.
 
-    The native time is cut into ``steps`` segments of equal length. The student lands from any point of a segment at its
-    lower end, the encoder at its upper end. Times are shares of the native time. Needs data.
+    The teacher's own time (that of its path, or arctan(sigma / sigma_data) where that is the noise level itself) is cut
+    into ``steps`` segments of equal length. The student lands from any point of a segment at its lower end, the encoder
+    at its upper end. Times are shares of that time. Needs data.
 
     Attributes:
         steps: segments, and evaluations of either model; 3 or 4 in the paper.
@@ -55,6 +58,9 @@ class ICD:
         null_share: share of examples without their condition, in teacher, student and encoder alike.
         lowest: share of the time at which pictures are taken to be when they are encoded, 0.019 in the paper.
         huber: c of the pixel-wise Huber loss, 0.001 in the paper.
+        weight: of an error in an estimate, in the first two of the four losses: landing is the paper's, the difference
+            where both land; edm is the inverse of what EDM's preconditioning scales a network's output by, the same for
+            every landing, see TDD.
         sigma_max: the highest level; None is the teacher's.
         optim: of the student; the paper's lr is 8e-6 for LoRA of rank 64.
         encoder: of the encoder.
@@ -71,6 +77,7 @@ class ICD:
     null_share: float = 0.0
     lowest: float = 0.019
     huber: float = 1e-3
+    weight: Weight = "landing"
     sigma_max: float | None = None
     optim: Optim = Optim(lr=1e-4, clip=1.0)
     encoder: Optim = Optim(lr=1e-4, clip=1.0)
@@ -83,10 +90,12 @@ class ICD:
             )
         if not 0 < self.lowest < 1 / self.grid + 1e-12:
             raise InputError(f"ICD(lowest={self.lowest:g}) must be above 0 and at most one step of the grid")
-        if not (0 <= self.preserve < math.inf and self.huber > 0 and 0 <= self.null_share <= 1):
+        if not (0 <= self.preserve < math.inf and 0 < self.huber < math.inf and 0 <= self.null_share <= 1):
             raise InputError(f"ICD needs preserve >= 0, huber > 0 and null_share within [0, 1], got {self}")
         if any(not 0 <= s < math.inf for s in self.scales):
             raise InputError(f"ICD needs guidance scales >= 0 (1 is none), got {self.scales}")
+        if self.weight not in WEIGHTS:
+            raise unknown("weight", self.weight, WEIGHTS)
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """Student and encoder start as the network of the teacher.
@@ -95,7 +104,7 @@ class ICD:
             InputError: scales for an unconditional or a guided teacher, or levels that the teacher does not have.
         """
         D = teacher.denoiser
-        native_levels(D, torch.zeros(1), self.sigma_max)
+        own_levels(D, torch.zeros(1), self.sigma_max)
         made = network_under(D)
         # A scale other than 1 asks for what guidance asks for; at scale 1 the wrapper holds the null values alone.
         guided_for(teacher, next((s for s in self.scales if s != 1), 1.0), "ICD")
@@ -120,7 +129,8 @@ class ICD:
     def consistent(self, m: Models, name: str, x0: Tensor, cond: Cond, noise: Noise, way: int) -> Update:
         """``J(x_a, a, c)`` against ``J(x_b, b, c)``: the teacher's step from a to b, then to the segment's end c.
 
-        ``way`` -1 is towards the picture and 1 towards noise. A teacher's step that reaches c is the target itself.
+        ``way`` -1 is towards the picture and 1 towards noise. Both are compared as the estimates at a that land there,
+        see :func:`fewstep.distill.tdd.aimed_at`: a teacher's step that reaches c has its own estimate as the target.
         """
         model: Any = m.networks[name]
         per = self.grid // self.steps
@@ -132,13 +142,14 @@ class ICD:
         told = informed(model, x0, cond, scale)
         x_a = x0 + widen(a, x0) * noise.normal(x0.shape[1:], "n")
         with torch.no_grad():
-            x_b = ddim(x_a, teach(m.teacher, x_a, a, cond, scale, plain=way > 0), a, b)
+            taught = teach(m.teacher, x_a, a, cond, scale, plain=way > 0)
+            x_b = ddim(x_a, taught, a, b)
             # The network has no level 0, and its answer there counts nothing.
-            target = ddim(x_b, model(x_b, b.clamp(min=model.sigma_min), told), b.clamp(min=model.sigma_min), c)
-            target = torch.where(widen((b == c).to(x_b), x_b) > 0, x_b, target)
+            aim = aimed_at(model(x_b, b.clamp(min=model.sigma_min), told), taught, a, b, c)
+        weight = widen(weight_of(self.weight, model, a, c), x_a)
 
         def loss() -> Tensor:
-            return native_huber(model, ddim(x_a, model(x_a, a, told), a, c), target, c, self.huber)
+            return pixel_huber(weight * (model(x_a, a, told) - aim), self.huber).mean()
 
         return Update(name, loss)
 
@@ -158,19 +169,21 @@ class ICD:
 
         def loss() -> Tensor:
             back = ddim(y, model(y, there, told), there, start)
-            return self.preserve * native_huber(model, back, x, start, self.huber)
+            # In the network's own state, as the paper does: at high noise the difference would count far more.
+            return self.preserve * pixel_huber(widen(own_scale(model, start), x) * (back - x), self.huber).mean()
 
         return Update(name, loss)
 
     def drawn(self, noise: Noise) -> Tensor | None:
         """A guidance scale (B,) for each sample, where there are any."""
-        known = torch.tensor(self.scales, device=noise.seeds.device)
-        return known[noise.integers(0, len(known), (), "scale")] if self.scales else None
+        if not self.scales:
+            return None
+        return picked(noise.integers(0, len(self.scales), (), "scale"), self.scales).float()
 
     def at(self, D: Denoiser, k: Tensor, way: int = 1) -> Tensor:
         """The level of place ``k`` (0 .. grid) of the grid; place 0 is level 0 going down, ``lowest`` going up."""
         share = k.double() / self.grid
-        levels = native_levels(D, share.clamp(min=self.lowest), self.sigma_max)
+        levels = own_levels(D, share.clamp(min=self.lowest), self.sigma_max)
         return levels if way > 0 else torch.where(k == 0, torch.zeros_like(levels), levels)
 
     def ends(self, D: Denoiser, way: int) -> Tensor:

@@ -24,6 +24,7 @@ from fewstep.models.flow_map import UNTIL, flow_map, landing
 from fewstep.models.frozen import frozen, network_under
 from fewstep.models.trigflow import View, smooth
 from fewstep.solve.euler import euler
+from fewstep.solve.step import pictures
 
 Source = Literal["data", "teacher"]
 SOURCES = ("data", "teacher")
@@ -80,6 +81,9 @@ class MeanFlow:
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.std > 0 or not (self.std_r is None or self.std_r > 0):
             raise InputError(f"MeanFlow needs steps >= 1, std > 0 and std_r > 0, got {self}")
+        numbers = (self.mean, self.std, self.mean_r or 0.0, self.std_r or 1.0, self.power, self.constant)
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"MeanFlow needs finite settings, got {self}")
         if not (0 <= self.ratio <= 1 and 0 <= self.drop < 1 and self.power >= 0 and self.constant > 0):
             raise InputError(
                 "MeanFlow needs 0 <= ratio <= 1, 0 <= drop < 1, power >= 0 and constant > 0, got "
@@ -118,15 +122,15 @@ class MeanFlow:
         """The student starts as the teacher, whatever second time it is told.
 
         Raises:
-            InputError: see :meth:`ends`, :meth:`check` and :func:`fewstep.models.flow_map.flow_map`.
+            InputError: see :meth:`ends`, :meth:`check_guidance` and :func:`fewstep.models.flow_map.flow_map`.
         """
         self.ends(teacher.denoiser)
-        self.check(teacher)
+        self.check_guidance(teacher)
         made, form = frozen(teacher.denoiser), flow_map(smooth(network_under(teacher.denoiser)))
         student = {"student": Role(lambda: copy.deepcopy(form), self.optim, self.ema, ships=True)}
         return ({"teacher": Role(lambda: made)} if self.source == "teacher" else {}) | student
 
-    def check(self, teacher: Generator) -> None:
+    def check_guidance(self, teacher: Generator) -> None:
         """Raises InputError for guidance that cannot be had."""
         if self.source == "data" and isinstance(teacher.denoiser, Wrapper):
             raise InputError(
@@ -153,8 +157,7 @@ class MeanFlow:
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 1 of the paper."""
-        x0, cond = batch.x, batch.cond
-        assert x0 is not None
+        x0, cond = pictures("MeanFlow", batch, m.student.shape), batch.cond
         t, r = self.times(noise, *self.ends(m.student))
         n = noise.normal(x0.shape[1:], "n")
         z = widen(1 - t, x0) * x0 + widen(t, x0) * n

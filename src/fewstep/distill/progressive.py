@@ -19,8 +19,8 @@ from fewstep.core.denoiser import Denoiser, Wrapper
 from fewstep.core.fit import Data
 from fewstep.core.generator import CONFIG, WEIGHTS, Generator, check_device
 from fewstep.core.noise import Noise
-from fewstep.core.options import Budget, FitOptions
-from fewstep.core.path import TRIG, Path, widen
+from fewstep.core.options import HANDED_ON, Budget, FitOptions
+from fewstep.core.path import HIGHEST_PICTURED, TRIG, Path, widen
 from fewstep.core.role import Models, Optim, Role, Update
 from fewstep.core.state import Run, load_tensors, load_weights, read_json
 from fewstep.core.tableau import Tableau
@@ -31,11 +31,7 @@ from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.euler import euler
 from fewstep.train.run import options_of, train
 
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 STAGES = "stages"
-# What `train` takes beside the options of the loop.
-HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles")
 
 # Of the squared error of x0 at a noise level, with SNR = 1 / sigma^2 (arXiv 2202.00512, section 4).
 SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -165,7 +161,7 @@ class Progressive:
         """
         low, high = D.sigma_min, D.sigma_max
         inner: Any = D.inner if isinstance(D, Wrapper) else D
-        if high > PURE_NOISE and getattr(inner, "predicts", None) == "noise":
+        if high > HIGHEST_PICTURED and getattr(inner, "predicts", None) == "noise":
             raise InputError(
                 f"a network that predicts noise says nothing of x0 at sigma {high:g}, so that no step from there can "
                 "be distilled: use a teacher that predicts x0, v or velocity, or give it a lower sigma_max"
@@ -180,7 +176,7 @@ class Progressive:
         if self.grid == "cosine":
             return TRIG(self.scale)
         if self.grid == "karras":
-            if high > PURE_NOISE:
+            if high > HIGHEST_PICTURED:
                 raise InputError(
                     f"Karras' grid cannot start at sigma {high:g}, the pure noise of a flow model or of zero terminal "
                     "SNR: use grid cosine or native"

@@ -19,8 +19,8 @@ from fewstep.core.cond import Batch
 from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.generator import CONFIG, WEIGHTS, Generator, check_device
 from fewstep.core.noise import Noise
-from fewstep.core.options import Budget
-from fewstep.core.path import widen
+from fewstep.core.options import HANDED_ON, Budget
+from fewstep.core.path import HIGHEST_PICTURED, widen
 from fewstep.core.role import Ema, Method, Models, Optim, Role, Update
 from fewstep.core.sample import trajectory
 from fewstep.core.state import Run, load_tensors, load_weights, read_json, write_text
@@ -33,11 +33,7 @@ from fewstep.models.frozen import network_under
 from fewstep.train.flow_matching import flow_sampler
 from fewstep.train.run import options_of, train
 
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 STAGES, PAIRS, STRAIGHT = "stages", "pairs", "straightness.json"
-# What `train` takes beside the options of the loop.
-HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles")
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Reflow:
             InputError: a denoiser without a network, or one that predicts noise and starts at pure noise.
         """
         made = network_under(teacher.denoiser)
-        if made.sigma_max > PURE_NOISE and made.predicts == "noise":
+        if made.sigma_max > HIGHEST_PICTURED and made.predicts == "noise":
             raise InputError(
                 f"a network that predicts noise says nothing of x0 at sigma {made.sigma_max:g}, so that no step from "
                 "there can be learned: use a teacher that predicts x0, v or velocity, or give it a lower sigma_max"
@@ -137,6 +133,14 @@ class Reflow:
         """Euler in ``steps`` even steps of flow time."""
         return flow_sampler(teacher.denoiser, self.steps)
 
+    def check(self, teacher: Generator, data: Any) -> Pairs | OnlinePairs:
+        """The data, if it is pairs that ``teacher`` made.
+
+        Raises:
+            InputError: see :func:`fewstep.data.pairs.require_pairs`.
+        """
+        return require_pairs(data, teacher, "Reflow")
+
     def run(
         self, teacher: Generator, data: Any, *, out: str | Path, budget: str | int | Budget, **options: Any
     ) -> Generator:
@@ -145,7 +149,7 @@ class Reflow:
         Raises:
             InputError: data that are no pairs of this teacher, or what :func:`run_stages` refuses.
         """
-        pairs = require_pairs(data, teacher, type(self).__name__)
+        pairs = self.check(teacher, data)
         self.roles(teacher)
         start = replace(teacher, denoiser=network_under(teacher.denoiser))
         ends = [Stage("distil", replace(self, stage="distil"), self.share if self.rounds else 1.0, self.fresh)]
@@ -293,7 +297,7 @@ def run_stages(
         if (place / CONFIG).is_file():
             current = _finished(begin, stage, place, device)
         else:
-            part = _part(whole.budget, stage.share)
+            part = whole.budget.part(stage.share)
             # The folder is this run's own, so that what is in it is to be gone on with.
             current = train(begin, stage.method, material(), out=place, budget=part, resume=True, **options)
         told.append({"stage": stage.name, **current.card["trained"]})
@@ -325,12 +329,6 @@ def _pairs_of(
         flow, place, n=len(like), sampler=sampler, seed=seed, store_conditions=bool(like.facts["conditions"]),
         resume=True, progress=bool(options.get("progress", True)), **kept,
     )  # fmt: skip
-
-
-def _part(budget: Budget, share: float) -> Budget:
-    """A share of a budget; steps and images are counted whole."""
-    amount = budget.amount * share
-    return replace(budget, amount=amount if budget.unit == "seconds" else float(math.ceil(amount - 1e-9)))
 
 
 def _straight(flow: Generator, file: Path, probe: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +18,9 @@ from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
 from fewstep.distill.scm import SCM
 from fewstep.errors import InputError, unknown
 from fewstep.loss.gan import ADVERSARIAL
-from fewstep.models.discriminator import Discriminator, discriminator_config, judged
+from fewstep.models.discriminator import Discriminator, discriminator_config, discriminator_loss, generator_loss
 from fewstep.models.frozen import frozen
+from fewstep.solve.step import pictures
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,17 @@ class SanaSprint(SCM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.consistency, self.adversarial) < 0 or not self.consistency + self.adversarial > 0:
+        weights = (self.consistency, self.adversarial)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise InputError(
                 "SanaSprint needs weights >= 0 that are not both 0, got consistency="
                 f"{self.consistency} and adversarial={self.adversarial}"
             )
-        if not 0 <= self.top <= 1 or not self.judge_std > 0 or self.hidden < 1:
+        if not 0 <= self.top <= 1 or self.hidden < 1:
+            raise InputError(f"SanaSprint needs 0 <= top <= 1 and hidden >= 1, got {self.top} and {self.hidden}")
+        if not 0 < self.judge_std < math.inf or not math.isfinite(self.judge_mean):
             raise InputError(
-                f"SanaSprint needs 0 <= top <= 1, judge_std > 0 and hidden >= 1, got {self.top}, {self.judge_std} and "
-                f"{self.hidden}"
+                f"SanaSprint needs judge_std > 0 and a finite judge_mean, got {self.judge_std} and {self.judge_mean}"
             )
         if self.game not in ADVERSARIAL:
             raise unknown("adversarial loss", self.game, ADVERSARIAL)
@@ -121,8 +125,9 @@ class SanaSprint(SCM):
             if self.adversarial:
                 fake = self.guess(m, batch, noise.fold("guess"))
                 fakes.append(fake.detach())
-                logits = self.judge(m, fake, batch, noise.fold("student"))
-                parts["adversarial"] = self.adversarial * ADVERSARIAL[self.game].generator(logits)
+                seen, sigma = self.noised(m, fake, noise.fold("student"))
+                fooled = generator_loss(m.teacher, m.heads, seen, sigma, batch.cond, game=self.game)
+                parts["adversarial"] = self.adversarial * fooled
             return {"loss": torch.stack([*parts.values()]).sum(), **parts}
 
         with_variance = bool(self.consistency) and self.adaptive
@@ -132,23 +137,22 @@ class SanaSprint(SCM):
 
     def guess(self, m: Models, batch: Batch, noise: Noise) -> Tensor:
         """The student's x0 (B, ...) from a noised picture, a share ``top`` of them from the highest level."""
-        x0 = batch.x
-        assert x0 is not None
+        x0 = pictures("SanaSprint", batch, m.student.shape)
         low, top = self.ends(m.student)
         sigma = self.levels(noise, low, top)
         sigma = torch.where(noise.uniform((), "top") < self.top, torch.full_like(sigma, top), sigma)
         out: Tensor = m.student(x0 + widen(sigma, x0) * noise.normal(x0.shape[1:], "n"), sigma, batch.cond)
         return out
 
-    def judge(self, m: Models, x: Tensor, batch: Batch, noise: Noise, own: str = "n") -> Tensor:
-        """Logits (B, n) of pictures ``x`` (B, ...), noised to a level of the judges' own draw by the noise ``own``."""
+    def noised(self, m: Models, x: Tensor, noise: Noise, own: str = "n") -> tuple[Tensor, Tensor]:
+        """Pictures ``x`` (B, ...), noised to a level of the judges' own draw by the noise ``own``, and the levels."""
         low, top = m.teacher.sigma_min, m.teacher.sigma_max
         draw = noise.normal((), "level", dtype=torch.float64) * self.judge_std + self.judge_mean
         sigma = draw.exp().clamp(low, top)
-        return judged(m.teacher, m.heads, x + widen(sigma, x) * noise.normal(x.shape[1:], own), sigma, batch.cond)
+        return x + widen(sigma, x) * noise.normal(x.shape[1:], own), sigma
 
     def verdict(self, m: Models, batch: Batch, fake: Tensor, noise: Noise) -> Mapping[str, Tensor]:
         """The heads' loss on real pictures and the student's, both at the same levels."""
-        assert batch.x is not None
-        real, made = (self.judge(m, x, batch, noise, name) for name, x in (("real", batch.x), ("fake", fake)))
-        return {"loss": ADVERSARIAL[self.game].discriminator(real, made), "gap": (real.mean() - made.mean()).detach()}
+        x0 = pictures("SanaSprint", batch, m.student.shape)
+        (real, sigma), (made, _) = self.noised(m, x0, noise, "real"), self.noised(m, fake, noise, "fake")
+        return discriminator_loss(m.teacher, m.heads, real, made, sigma, batch.cond, game=self.game)

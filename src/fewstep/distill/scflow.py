@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,12 +19,15 @@ from fewstep.core.path import widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.loss.gan import ADVERSARIAL, Game
+from fewstep.loss.gan import Game
+from fewstep.loss.huber import pixel_huber
 from fewstep.models.discriminator import (
     Discriminator,
+    check_game,
     discriminator_config,
     discriminator_loss,
     generator_loss,
+    judging,
 )
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.euler import euler
@@ -90,10 +94,10 @@ class SCFlow:
     ema: Ema = Ema(power=0.05)
 
     def __post_init__(self) -> None:
-        weights = (self.consistency, self.bidirectional, self.correction, self.gan, self.r1)
-        if self.steps < 1 or min(weights) < 0 or not sum(weights[:4]) > 0:
+        weights = (self.consistency, self.bidirectional, self.correction, self.gan)
+        if not self.steps >= 1 or not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
             raise InputError(f"SCFlow needs steps >= 1, weights >= 0 and one of its terms above 0, got {self}")
-        if not 0 < self.near <= 1 or not 0 <= self.truncation < 1 or not self.huber > 0:
+        if not 0 < self.near <= 1 or not 0 <= self.truncation < 1 or not 0 < self.huber < math.inf:
             raise InputError(
                 f"SCFlow needs near within (0, 1], truncation within [0, 1) and huber > 0, got {self.near}, "
                 f"{self.truncation} and {self.huber}"
@@ -101,10 +105,7 @@ class SCFlow:
         shares = (self.bidirectional_from, self.correction_from, self.gan_from)
         if not all(0 <= share < 1 for share in shares):
             raise InputError(f"SCFlow's terms start at shares of the run within [0, 1), got {shares}")
-        if not self.judged_at or not all(0 <= t < 1 for t in self.judged_at):
-            raise InputError(f"SCFlow(judged_at=...) takes flow times within [0, 1), got {self.judged_at}")
-        if self.game not in ADVERSARIAL:
-            raise unknown("adversarial loss", self.game, ADVERSARIAL)
+        check_game("SCFlow", self.game, self.judged_at, self.hidden, r1=self.r1)
         if self.r1_on not in ("pictures", "features"):
             raise unknown("input of R1", self.r1_on, ("pictures", "features"))
 
@@ -127,7 +128,7 @@ class SCFlow:
         return roles
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
-        """The discriminator, while there is an adversarial term, and then the student."""
+        """The student and then, while there is an adversarial term, the discriminator on what the student just made."""
         x0, cond = pictures("SCFlow", batch, m.student.shape), batch.cond
         n = noise.normal(x0.shape[1:], "n", dtype=x0.dtype)
         t = self.times(m.student, noise)
@@ -138,44 +139,47 @@ class SCFlow:
         corrects = self.correction if m.progress >= self.correction_from else 0.0
         plays = self.gan if m.progress >= self.gan_from else 0.0
         aims = self.aims(m, x0, x, t, cond, noise)
-        one_step: Tensor | None = None
-        if corrects or plays:
+        # Early in a run all of its terms may still be off.
+        if not (aims or corrects or plays):
+            return
+        seen = judging(noise, self.judging_levels(m.student), x0) if plays else None
+        # The one-step samples: with a gradient for the game, and without one for the correction and the discriminator.
+        samples: list[Tensor] = []
+        if corrects and not plays:
             with torch.no_grad():
-                one_step = m.student(start, top, cond)
-        if plays:
-            assert one_step is not None
-            real, made = self.noised(m, noise, x0, one_step)
-            at = self.judging_levels(m.student, noise)
-
-            def judging() -> dict[str, Tensor]:
-                return discriminator_loss(
-                    m.teacher, m.discriminator, real, made, at, cond,
-                    game=self.game, gamma=self.r1, penalised=self.r1_on,
-                )  # fmt: skip
-
-            yield Update("discriminator", judging)
+                samples.append(m.student(start, top, cond))
 
         def loss() -> dict[str, Tensor]:
             parts: dict[str, Tensor] = {}
+            if seen is not None:
+                at, z = seen
+                sample = m.student(start, top, cond)
+                samples.append(sample.detach())
+                game = generator_loss(m.teacher, m.discriminator, sample + z, at, cond, game=self.game)
+                parts["adversarial"] = plays * game
             if aims:
                 own = m.student(x, sigma, cond)
                 each = 1 / t if self.weighted else torch.ones_like(t)
                 parts |= {name: w * self.distance(own, aim, each) for name, (w, aim) in aims.items()}
             if corrects:
-                assert one_step is not None
-                again = m.student(one_step + widen(sigma, x) * n, sigma, cond)
-                parts["correction"] = corrects * (again - one_step).square().mean()
-            if plays:
-                (fake,) = self.noised(m, noise, m.student(start, top, cond))
-                at = self.judging_levels(m.student, noise)
-                game = generator_loss(m.teacher, m.discriminator, fake, at, cond, game=self.game)
-                parts["adversarial"] = plays * game
+                again = m.student(samples[-1] + widen(sigma, x) * n, sigma, cond)
+                parts["correction"] = corrects * (again - samples[-1]).square().mean()
             told = {name: part.detach() for name, part in parts.items()}
             return {"loss": torch.stack([*parts.values()]).sum(), **told}
 
-        # Early in a run all of its terms may still be off.
-        if aims or corrects or plays:
-            yield Update("student", loss)
+        yield Update("student", loss)
+        if seen is None:
+            return
+        at, z = seen
+
+        def judge() -> dict[str, Tensor]:
+            real, fake = x0 + z, samples.pop() + z
+            return discriminator_loss(
+                m.teacher, m.discriminator, real, fake, at, cond,
+                game=self.game, gamma=self.r1, penalised=self.r1_on,
+            )  # fmt: skip
+
+        yield Update("discriminator", judge)
 
     def aims(
         self, m: Models, x0: Tensor, x: Tensor, t: Tensor, cond: Cond, noise: Noise
@@ -210,26 +214,17 @@ class SCFlow:
 
     def distance(self, a: Tensor, b: Tensor, each: Tensor) -> Tensor:
         """``mean of sqrt((a - b)^2 + c^2) - c`` over pixels and batch, each picture weighed by ``each`` (B,)."""
-        square = (a - b).square()
-        # Not the difference of the formula, which cancels where the pictures are close.
-        return (widen(each, square) * square / ((square + self.huber**2).sqrt() + self.huber)).mean()
+        found = pixel_huber(a - b, self.huber)
+        return (each.to(found) * found).mean()
 
     def times(self, D: Denoiser, noise: Noise) -> Tensor:
         """(B,) float64 flow times, uniform between those of the denoiser's lowest and highest level."""
         low, top = times_of(D)
         return low + (top - low) * noise.uniform((), "t", dtype=torch.float64)
 
-    def judging_levels(self, D: Denoiser, noise: Noise) -> Tensor:
-        """(B,) float64: the level at which the discriminator sees each example."""
-        known = torch.tensor(self.judged_at, dtype=torch.float64, device=noise.seeds.device)
-        t = known[noise.integers(0, len(known), (), "judged")]
-        return level(t).clamp(D.sigma_min, D.sigma_max)
-
-    def noised(self, m: Models, noise: Noise, *given: Tensor) -> tuple[Tensor, ...]:
-        """Pictures (B, ...) as the discriminator sees them, all with the same noise."""
-        sigma = widen(self.judging_levels(m.student, noise), given[0])
-        n = noise.normal(given[0].shape[1:], "judged", dtype=given[0].dtype)
-        return tuple(x + sigma * n for x in given)
+    def judging_levels(self, D: Denoiser) -> list[float]:
+        """The levels at which the discriminator sees pictures."""
+        return [min(max(t / (1 - t), D.sigma_min), D.sigma_max) for t in self.judged_at]
 
     def levels(self, D: Denoiser) -> Tensor:
         """(steps + 1,) float64 levels of the sampler: even in flow time, from the highest to 0.

@@ -25,6 +25,7 @@ from fewstep.models.consistency import anchored
 from fewstep.models.frozen import frozen, network_under
 from fewstep.models.trigflow import LogVariance, smooth, trigflow
 from fewstep.solve.consistency import consistency
+from fewstep.solve.step import pictures
 
 Source = Literal["teacher", "data"]
 SOURCES = ("teacher", "data")
@@ -92,6 +93,10 @@ class SCM:
             raise InputError(
                 f"{name} with steps={self.steps} has {self.steps - 1} angles in the middle, got {self.middle}: "
                 "give as many, or leave middle out"
+            )
+        if not math.isfinite(self.mean) or max(self.std, self.constant) == math.inf:
+            raise InputError(
+                f"{name} needs a finite mean, std and constant, got {self.mean}, {self.std} and {self.constant}"
             )
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise InputError(f"{name} needs a finite sigma_data > 0, got {self.sigma_data}")
@@ -165,8 +170,7 @@ class SCM:
 
     def point(self, m: Models, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         """``(x_t, t, dx_t/dt)``: (B, ...), (B,) float64 and (B, ...), in TrigFlow's coordinates."""
-        x0 = batch.x
-        assert x0 is not None
+        x0 = pictures(type(self).__name__, batch, m.student.shape)
         d = self.spread(m.student)
         t = torch.atan(self.levels(noise, *self.ends(m.student)) / d)
         cos, sin = widen(t.cos(), x0), widen(t.sin(), x0)

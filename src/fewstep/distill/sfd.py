@@ -19,9 +19,9 @@ from fewstep.core.cond import Batch
 from fewstep.core.denoiser import Denoiser, Precond, Wrapper, start_std
 from fewstep.core.generator import CONFIG, Generator, check_device
 from fewstep.core.noise import Noise
-from fewstep.core.options import Budget
-from fewstep.core.path import Path
-from fewstep.core.role import Ema, Models, Optim, Role, Update
+from fewstep.core.options import HANDED_ON, Budget
+from fewstep.core.path import HIGHEST_PICTURED, Path
+from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
 from fewstep.core.sample import trajectory
 from fewstep.core.state import Run
 from fewstep.core.tableau import Builder, Tableau
@@ -29,6 +29,7 @@ from fewstep.data.conditions import ConditionsOnly
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
 from fewstep.grid.time import time
+from fewstep.loss.perceptual import distance_in, distance_roles
 from fewstep.models.extended import extended
 from fewstep.models.flow_map import Told
 from fewstep.models.frozen import frozen, network_under
@@ -36,13 +37,10 @@ from fewstep.solve.dpmpp import dpmpp
 from fewstep.solve.euler import euler
 from fewstep.train.run import options_of, train
 
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 PUBLISHED = 0.006
 STEPS = "steps"
-# What `train` takes beside the options of the loop.
-HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles")
-GRIDS, SOLVERS, DISTANCES = ("karras", "native"), ("dpmpp3m", "dpmpp2m", "euler"), ("l1", "l2")
+Solver = Literal["dpmpp3m", "dpmpp2m", "euler", "student"]
+GRIDS, SOLVERS, DISTANCES = ("karras", "native"), ("dpmpp3m", "dpmpp2m", "euler", "student"), ("l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,10 @@ class SFD:
             which a flow model needs, because its pure noise has no place on Karras' grid.
         afs: analytical first step: the first of ``steps + 1`` steps takes x / sqrt(1 + sigma^2) for the slope, which
             needs no evaluation and is not trained.
-        solver: of the teacher: dpmpp3m (the paper's), dpmpp2m or euler.
+        solver: of the teacher: dpmpp3m (the paper's), dpmpp2m, euler, or student (of a teacher that SFD trained).
         distance: l1, the paper's, or l2, both means over pixels.
+        perceptual: weight of LPIPS in the last step, beside ``distance``; 0, as in the paper's SFD, leaves it out.
+        features: of LPIPS: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
     """
 
     needs_data: ClassVar[bool] = False
@@ -76,12 +76,16 @@ class SFD:
     ema: Ema = Ema(power=0.05)
     grid: Literal["karras", "native"] = "karras"
     afs: bool = False
-    solver: Literal["dpmpp3m", "dpmpp2m", "euler"] = "dpmpp3m"
+    solver: Solver = "dpmpp3m"
     distance: Literal["l1", "l2"] = "l1"
+    perceptual: float = 0.0
+    features: str = "own"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.between < 0 or not (self.sigma_min is None or self.sigma_min > 0):
-            raise InputError(f"SFD needs steps >= 1, between >= 0 and sigma_min > 0, got {self}")
+        if self.steps < 1 or self.between < 0 or not (self.sigma_min is None or 0 < self.sigma_min < math.inf):
+            raise InputError(f"SFD needs steps >= 1, between >= 0 and a finite sigma_min > 0, got {self}")
+        if not 0 < self.rho < math.inf or not 0 <= self.perceptual < math.inf:
+            raise InputError(f"SFD needs finite rho > 0 and perceptual >= 0, got {self.rho} and {self.perceptual}")
         for what, known in (("grid", GRIDS), ("solver", SOLVERS), ("distance", DISTANCES)):
             if getattr(self, what) not in known:
                 raise unknown(what, getattr(self, what), known)
@@ -97,6 +101,7 @@ class SFD:
         return {
             "teacher": Role(lambda: made),
             "student": Role(lambda: copy.deepcopy(form), self.optim, self.ema, ships=True),
+            **distance_roles("lpips" if self.perceptual else self.distance, teacher, self.features),
         }
 
     def student(self, network: Precond) -> Precond:
@@ -115,7 +120,7 @@ class SFD:
             raise InputError(
                 f"SFD(sigma_min={low:g}) is outside of the teacher's levels, {known:g} to {top:g}: leave sigma_min out"
             )
-        if top > PURE_NOISE and self.grid == "karras":
+        if top > HIGHEST_PICTURED and self.grid == "karras":
             last = float(self.levels(low, top)[1][-2])
             raise InputError(
                 f"SFD cannot start at sigma {top:g}, the pure noise of a flow model or of zero terminal SNR: Karras' "
@@ -140,8 +145,8 @@ class SFD:
 
     def teacher_table(self, fine: Tensor) -> Tableau:
         """The teacher's run over its levels."""
-        if self.solver == "euler":
-            return euler(fine)
+        if self.solver in ("euler", "student"):
+            return stride(fine, afs=self.afs and self.solver == "student")
         return dpmpp(fine, 3 if self.solver == "dpmpp3m" else 2, lower_order_final=True)
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
@@ -155,15 +160,19 @@ class SFD:
         # What the pass that was learned from reached: the next step starts there, without another pass.
         reached: list[Tensor] = []
 
-        def loss(here: Tensor, target: Tensor, move: Tableau) -> Tensor:
-            point = move(m.student, here, cond, grad=True)
+        def loss(here: Tensor, k: int) -> Losses:
+            point = moves[k](m.student, here, cond, grad=True)
             reached.append(point.detach())
             # The mean instead of the sum leaves Adam unchanged and lr free of the size.
-            return (point - target).abs().mean() if self.distance == "l1" else (point - target).square().mean()
+            plain = distance_in(m, self.distance)(point, targets[k]).mean()
+            if not self.perceptual or k + 1 < len(moves):
+                return plain
+            seen = distance_in(m, "lpips")(point, targets[k]).mean()
+            return {"loss": plain + self.perceptual * seen, "plain": plain.detach(), "lpips": seen.detach()}
 
-        for move, target in zip(moves, targets, strict=True):
+        for k, move in enumerate(moves):
             if move.nfe:
-                yield Update("student", partial(loss, x, target, move))
+                yield Update("student", partial(loss, x, k))
             with torch.no_grad():
                 # A silent step asks no network.
                 x = reached.pop() if reached else move(m.student, x, cond)
@@ -225,6 +234,8 @@ class SFDv(SFD):
         afs: the analytical first step, which the paper's SFD-v has.
         solver: of the teacher: dpmpp3m (the paper's), dpmpp2m or euler.
         distance: l1, the paper's, or l2.
+        perceptual: weight of LPIPS in the last step; 0 leaves it out.
+        features: of LPIPS: own, teacher or a path.
         counts: the evaluations that are trained, drawn alike; 2 to 5 in the paper.
     """
 
@@ -266,29 +277,21 @@ class SFDv(SFD):
 
 
 @dataclass(frozen=True)
-class _Second(SFD):
-    """The second stage, whose teacher is the student of the first with that student's own sampler."""
-
-    def teacher_table(self, fine: Tensor) -> Tableau:
-        """Euler with the analytical first step, as the teacher was trained to be used."""
-        return stride(fine, afs=self.afs)
-
-
-@dataclass(frozen=True)
 class SFDOne:
     """SFD in two stages down to one evaluation: the student of several steps is the teacher of the second stage.
 
     Attributes:
         steps: 1, the evaluations of the student.
-        first_steps: evaluations of the student of the first stage; with the analytical step it takes
-            ``first_steps + 1`` steps, which ``2`` must divide. 5 in the paper.
+        first_steps: evaluations of the first stage's student, an odd number; 5 in the paper.
         share: of the budget that the first stage gets.
         between: teacher levels put between two of the first student's.
         sigma_min: the level that the student arrives at; see SFD.
         rho: of the Karras grid.
         grid: karras, or native for flow models.
         solver: of the first stage's teacher.
-        distance: l1 or l2. The paper adds LPIPS to the last step, which needs a feature network and is not here.
+        distance: l1 or l2.
+        perceptual: weight of LPIPS, which the paper adds to the last step of EDM models; 0 leaves it out.
+        features: of LPIPS: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         first_optim: of the first stage; the paper's lr is 5e-5.
         optim: of the second stage; the paper's lr is 5e-4.
         ema: the average that ships.
@@ -304,8 +307,10 @@ class SFDOne:
     sigma_min: float | None = None
     rho: float = 7.0
     grid: Literal["karras", "native"] = "karras"
-    solver: Literal["dpmpp3m", "dpmpp2m", "euler"] = "dpmpp3m"
+    solver: Solver = "dpmpp3m"
     distance: Literal["l1", "l2"] = "l1"
+    perceptual: float = 0.0
+    features: str = "own"
     first_optim: Optim = Optim(lr=2e-4, decay="drop")
     optim: Optim = Optim(lr=5e-4, decay="drop")
     ema: Ema = Ema(power=0.05)
@@ -323,7 +328,8 @@ class SFDOne:
         """The two stages as methods, each with the analytical first step."""
         alike: dict[str, Any] = {name: getattr(self, name) for name in ("sigma_min", "rho", "grid", "distance", "ema")}
         first = SFD(self.first_steps, self.between, optim=self.first_optim, afs=True, solver=self.solver, **alike)
-        return first, _Second(1, (self.first_steps + 1) // 2 - 1, optim=self.optim, afs=True, **alike)
+        alike |= {"solver": "student", "perceptual": self.perceptual, "features": self.features}
+        return first, SFD(1, (self.first_steps + 1) // 2 - 1, optim=self.optim, afs=True, **alike)
 
     def roles(self, teacher: Generator) -> dict[str, Role]:
         """Those of the first stage, which the second stage shares."""
@@ -356,7 +362,7 @@ class SFDOne:
         Raises:
             InputError: see :func:`fewstep.train.run.train` and :meth:`SFD.roles`.
         """
-        out, stages = Folder(out), self.stages()
+        out, stages, source = Folder(out), self.stages(), ConditionsOnly(teacher.conds)
         for stage in stages:
             stage.roles(teacher)
         whole = options_of(budget, {k: v for k, v in options.items() if k not in HANDED_ON})
@@ -364,29 +370,21 @@ class SFDOne:
         body = {**(recipe or {}), "method": type(self).__name__, "settings": asdict(self)}
         body |= {"options": lasting, "from": teacher.fingerprint()}
         distributed.start(check_device(whole.device))
-        first = distributed.rank() == 0
-        if first:
+        if distributed.rank() == 0:
             Run.open(out, body, resume=resume, overwrite=overwrite)
         distributed.barrier()
         student, trained = teacher, []
         for k, (stage, share) in enumerate(zip(stages, (self.share, 1 - self.share), strict=True)):
-            place, part = out / "stages" / f"{k + 1}", _part(whole.budget, share)
+            place, part = out / "stages" / f"{k + 1}", whole.budget.part(share)
             if (place / CONFIG).is_file():
                 student = Generator.load(place, device=whole.device)
                 student = replace(student, codec=teacher.codec, conds=teacher.conds, pipeline=teacher.pipeline)
             else:
                 # The folder is this run's own, so that what is in it is to be gone on with.
-                source = ConditionsOnly(teacher.conds)
                 student = train(student, stage, source, out=place, budget=part, resume=True, **options)
             trained.append(student.card["trained"])
         student = replace(student, card={**body, "stages": trained, "trained": trained[-1]})
-        if first:
+        if distributed.rank() == 0:
             student.save(out)
         distributed.barrier()
         return student
-
-
-def _part(budget: Budget, share: float) -> Budget:
-    """A share of a budget; steps and images are counted whole."""
-    amount = budget.amount * share
-    return replace(budget, amount=amount if budget.unit == "seconds" else float(math.ceil(amount - 1e-9)))

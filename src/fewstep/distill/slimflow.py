@@ -22,7 +22,7 @@ from fewstep.core.options import Budget
 from fewstep.core.path import widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
-from fewstep.data.pairs import require_pairs
+from fewstep.data.pairs import OnlinePairs, Pairs, require_pairs
 from fewstep.distill.reflow import Reflow, Stage, between, flow_draw, mirrored, paired, run_stages
 from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import FlowTime
@@ -89,13 +89,14 @@ class SlimFlow:
     ema: Ema = Ema(power=0.05)
 
     def __post_init__(self) -> None:
-        low, high = self.guide_times
         if self.steps != 1:
             raise InputError(f"SlimFlow trains a student of one step, got steps={self.steps}: for more use reflow")
         if not 0 < self.shrink <= 1 or not 0 < self.until <= 1 or not 0 < self.share < 1 or self.ode_steps < 1:
             raise InputError(f"SlimFlow needs 0 < shrink, until <= 1, 0 < share < 1 and ode_steps >= 1, got {self}")
-        if self.guide < 0 or not 0 < low <= high < 1 or self.probe < 0:
-            raise InputError(f"SlimFlow needs guide, probe >= 0 and 0 < guide_times < 1 in order, got {self}")
+        if not 0 <= self.guide < math.inf or self.probe < 0:
+            raise InputError(f"SlimFlow needs finite guide, probe >= 0, got {self.guide} and {self.probe}")
+        if len(self.guide_times) != 2 or not 0 < self.guide_times[0] <= self.guide_times[1] < 1:
+            raise InputError(f"SlimFlow needs two guide_times, 0 < guide_times < 1 in order, got {self.guide_times}")
         for what, value, known in (
             ("anneal", self.anneal, ANNEALS),
             ("first_leg", self.first_leg, ("student", "flow")),
@@ -177,6 +178,10 @@ class SlimFlow:
         """One Euler step."""
         return flow_sampler(teacher.denoiser, 1)
 
+    def check(self, teacher: Generator, data: Any) -> Pairs | OnlinePairs:
+        """See :meth:`Reflow.check`."""
+        return require_pairs(data, teacher, "SlimFlow")
+
     def run(
         self, teacher: Generator, data: Any, *, out: str | Path, budget: str | int | Budget, **options: Any
     ) -> Generator:
@@ -186,7 +191,7 @@ class SlimFlow:
             InputError: data that are no pairs of this teacher, a network that cannot be made smaller, or LoRA on one
                 that has no trained weights.
         """
-        pairs = require_pairs(data, teacher, "SlimFlow")
+        pairs = self.check(teacher, data)
         self.roles(teacher)
         if options.get("lora") is not None:
             raise InputError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from fewstep.core.cond import Batch, drop
 from fewstep.core.denoiser import Denoiser, Wrapper
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import Path, widen
+from fewstep.core.path import widen
 from fewstep.core.pipeline import TextConditions
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid.base import check_falling
+from fewstep.grid.own import own_levels, own_path
 from fewstep.guide.cfg import CFG
+from fewstep.loss.draw import edm_weight
+from fewstep.loss.huber import pixel_huber
 from fewstep.models.flow_map import Clipped
 from fewstep.models.frozen import frozen, network_under, nulls_of
 from fewstep.solve.consistency import tcd
@@ -31,8 +35,7 @@ Aim = Literal["drawn", "any", "end"]
 AIMS = ("drawn", "any", "end")
 Weight = Literal["edm", "landing"]
 WEIGHTS = ("edm", "landing")
-PURE_NOISE = 1e5
-# Shares of the native time at which the published sampler calls the network, by its number of steps.
+# Shares of the own time at which the published sampler calls the network, by its number of steps.
 UNEVEN: dict[int, tuple[float, ...]] = {
     5: (1.0, 0.875, 0.751, 0.499, 0.251),
     6: (1.0, 0.875, 0.751, 0.627, 0.499, 0.251),
@@ -44,7 +47,8 @@ UNEVEN: dict[int, tuple[float, ...]] = {
 class TDD:
     """Trains the student to land, in one DDIM step to a drawn level, where it lands from the teacher's next point.
 
-    Times are shares u of the teacher's native time, 0 at its lowest level and 1 at its highest. Needs data.
+    Times are shares of the teacher's own time, 0 at its lowest level and 1 at its highest: the time of its path, or
+    arctan(sigma / sigma_data) where that is the noise level itself. Needs data.
 
     Attributes:
         steps: evaluations of the shipped sampler, 4 to 8 in the paper; training is the same for all of ``schedules``.
@@ -96,8 +100,10 @@ class TDD:
         for what, value in (("s_ratio", self.s_ratio), ("null_share", self.null_share), ("eta", self.eta)):
             if not 0 <= value <= 1:
                 raise InputError(f"TDD needs {what} within [0, 1], got {value}")
-        if not (self.window >= 0 and self.huber > 0 and (self.clip is None or self.clip > 0)):
+        if not (self.window >= 0 and 0 < self.huber < math.inf and (self.clip is None or self.clip > 0)):
             raise InputError(f"TDD needs window >= 0, huber > 0 and clip > 0, got {self}")
+        if not 0 <= self.guidance < math.inf:
+            raise InputError(f"TDD needs a scale of guidance >= 0 (1 is none), got {self.guidance}")
         for what, name, known in (
             ("target", self.target, AIMS),
             ("schedule", self.schedule, ("even", "uneven")),
@@ -112,7 +118,8 @@ class TDD:
         """The student starts as the network of the teacher, which is guided as asked for.
 
         Raises:
-            InputError: guidance of an unconditional or of a guided teacher, or what :func:`native_levels` refuses.
+            InputError: guidance of an unconditional or of a guided teacher, or what :func:`fewstep.grid.own.own_levels`
+                refuses.
         """
         self.levels(teacher.denoiser)
         made, whole = network_under(teacher.denoiser), frozen(guided_for(teacher, self.guidance, "TDD"))
@@ -124,15 +131,13 @@ class TDD:
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """Algorithm 1, with what both land at solved for the estimate of x0 that the student should have had.
 
-        ``J(x_a, a, c) = J(x_b, b, c)`` holds where ``D(x_a)`` is ``D(x_b)`` drawn towards the teacher's estimate by the
-        share ``c (a - b) / (b (a - c))``, which is 1 where the teacher's step reaches ``c``. A difference between such
-        estimates loses nothing to the noise that both landings share.
+        See :func:`aimed_at`. A difference between such estimates loses nothing to the noise that both landings share.
         """
         x0 = pictures("TDD", batch, m.student.shape)
         j = noise.integers(1, self.grid + 1, (), "level")
         below = (j - 1).double() / self.grid
         shares = torch.stack([j.double() / self.grid, below, self.aims(below, noise)])
-        a, b, c = native_levels(m.student, shares, self.sigma_max)
+        a, b, c = own_levels(m.student, shares, self.sigma_max)
         cond = batch.cond
         if self.null_share:
             cond = drop(cond, noise.uniform((), "null") < self.null_share, nulls_of(m.teacher))
@@ -140,25 +145,22 @@ class TDD:
         with torch.no_grad():
             taught = m.teacher(x_a, a, cond)
             x_b = ddim(x_a, taught, a, b)
-            drawn = widen(c * (a - b) / (b * (a - c)), x_a)
-            aim = torch.lerp(m.student(x_b, b, cond), taught, drawn)
-        weight = (
-            edm_weight(a, m.student.sigma_data) if self.weight == "edm" else native_scale(m.student, c) * (1 - c / a)
-        )
+            aim = aimed_at(m.student(x_b, b, cond), taught, a, b, c)
+        weight = widen(weight_of(self.weight, m.student, a, c), x_a)
 
         def loss() -> Tensor:
-            return huber(widen(weight, x_a) * (m.student(x_a, a, cond) - aim), self.huber)
+            return pixel_huber(weight * (m.student(x_a, a, cond) - aim), self.huber).mean()
 
         yield Update("student", loss)
 
     def aims(self, below: Tensor, noise: Noise) -> Tensor:
-        """(B,) float64: the share of the native time to land at, at most ``below`` (B,), the teacher's."""
+        """(B,) float64: the share of the own time to land at, at most ``below`` (B,), the teacher's."""
         if self.target == "end":
             return torch.zeros_like(below)
         share = noise.uniform((), "aim", dtype=torch.float64)
         if self.target == "any":
             return share * below
-        known = visited(self.schedules).to(below.device)
+        known = visited(self.schedules, below.device)
         # Rounded as the grid is, so that a visited level that is on the grid counts as reached.
         most = torch.searchsorted(known, below + 1e-9, right=True) - 1
         least = torch.searchsorted(known, known[most] - self.window - 1e-9)
@@ -169,16 +171,16 @@ class TDD:
         """(steps + 1,) float64: the levels of the shipped sampler, falling to 0.
 
         Raises:
-            InputError: see :func:`native_levels`.
+            InputError: see :func:`fewstep.grid.own.own_levels`.
         """
         even = (torch.arange(self.steps, 0, -1, dtype=torch.float64) / self.steps).tolist()
         shares = torch.tensor(UNEVEN[self.steps] if self.schedule == "uneven" else even, dtype=torch.float64)
-        falling = native_levels(D, shares, self.sigma_max)
+        falling = own_levels(D, shares, self.sigma_max)
         return check_falling(torch.cat([falling, falling.new_zeros(1)]), f"TDD's schedule of {self.steps} steps")
 
     def sampler(self, teacher: Generator) -> Tableau:
         """Steps along the trajectory, with noise where ``eta`` is above 0 (:func:`fewstep.solve.consistency.tcd`)."""
-        return tcd(self.levels(teacher.denoiser), gamma=self.eta, frame=path_of(teacher.denoiser))
+        return tcd(self.levels(teacher.denoiser), gamma=self.eta, frame=own_path(teacher.denoiser))
 
     def ships(self, network: Denoiser) -> Denoiser:
         """The student, its estimates clipped if that was asked for."""
@@ -186,10 +188,10 @@ class TDD:
 
 
 @lru_cache(maxsize=8)
-def visited(schedules: tuple[int, ...]) -> Tensor:
-    """The shares of the native time, rising from 0, that even schedules of these numbers of steps visit."""
+def visited(schedules: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """The shares of the own time, rising from 0, that even schedules of these numbers of steps visit; made once."""
     shares = {0.0} | {k / steps for steps in schedules for k in range(1, steps + 1)}
-    return torch.tensor(sorted(shares), dtype=torch.float64)
+    return torch.tensor(sorted(shares), dtype=torch.float64, device=device)
 
 
 def guided_for(teacher: Generator, scale: float, method: str) -> Denoiser:
@@ -213,78 +215,32 @@ def guided_for(teacher: Generator, scale: float, method: str) -> Denoiser:
     return CFG(D, scale, nulls)
 
 
-def path_of(D: Any) -> Path:
-    """The path of the network under a denoiser.
+def aimed_at(own: Tensor, taught: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The estimate of x0 at ``a`` that lands at ``c`` where the student's ``own`` estimate at ``b`` does: (B, ...).
 
-    Raises:
-        InputError: it has none.
+    DDIM with the teacher's estimate ``taught`` leads from ``a`` to ``b``; levels are (B,), and ``c`` lies beyond ``b``
+    or is equal to it, on either side of ``a``. ``J(x_a, a, c) = J(x_b, b, c)`` holds where the estimate at ``a`` is
+    ``own`` drawn towards ``taught`` by the share ``c (a - b) / (b (a - c))``: 1, exactly, where the step reaches ``c``.
     """
-    inner = D.inner if isinstance(D, Wrapper) else D
-    path = getattr(inner, "path", None)
-    if not isinstance(path, Path):
-        raise InputError(f"{type(inner).__name__} has no path, so no native time: expected a Precond")
-    return path
+    share = torch.where(b == c, torch.ones_like(c), c * (a - b) / (b * (a - c)))
+    return torch.lerp(own.to(taught.dtype), taught, widen(share, taught))
 
 
-def native_levels(D: Denoiser, shares: Tensor, sigma_max: float | None = None) -> Tensor:
-    """The levels at shares of the native time, 0 at the lowest level and 1 at the highest; float64, shaped like shares.
+def weight_of(kind: Weight, D: Denoiser, a: Tensor, c: Tensor) -> Tensor:
+    """The weight (B,), float64, of an error in the estimate of x0 at levels ``a``, for a landing at ``c``, both (B,).
 
-    Raises:
-        InputError: no path, a highest level outside of the denoiser's, or pure noise for a network that predicts noise.
+    edm is the root of :func:`fewstep.loss.draw.edm_weight`, ``1 / c_out``. landing is what the error is where it lands,
+    in the network's own state: ``k |1 - c / a|`` with the weight ``k`` of the picture there.
     """
-    low, known = D.sigma_min, D.sigma_max
-    top = known if sigma_max is None else sigma_max
-    if not low < top <= known:
-        raise InputError(f"sigma_max={top:g} is outside of the teacher's levels, {low:g} to {known:g}: leave it out")
-    inner: Any = D.inner if isinstance(D, Wrapper) else D
-    path = path_of(D)
-    if top > PURE_NOISE and getattr(inner, "predicts", None) == "noise":
-        raise InputError(
-            f"a network that predicts noise says nothing of x0 at sigma {top:g}, pure noise: set sigma_max, such as "
-            "80, or use a teacher that predicts x0, v or velocity"
-        )
-    first, last = path.at(low), path.at(top)
-    sigma = path.sigma(first.to(shares.device) + shares * (last - first).to(shares.device))
-    # Rounding would leave the ends off the teacher's levels.
-    sigma = torch.where(shares >= 1, torch.full_like(sigma, top), sigma)
-    return torch.where(shares <= 0, torch.full_like(sigma, low), sigma)
+    if kind == "edm":
+        return edm_weight(a, D.sigma_data).sqrt()
+    return own_scale(D, c) * (1 - c / a).abs()
 
 
-def native_huber(D: Denoiser, x: Tensor, y: Tensor, level: Tensor, c: float) -> Tensor:
-    """:func:`huber` of ``x - y`` in the network's own coordinates.
-
-    ``x`` and ``y`` (B, ...) are at ``level`` (B,), where the network's own state is ``a`` times as large: the papers
-    compare those, and at high noise the difference would otherwise count far more.
-    """
-    return huber(widen(native_scale(D, level), x) * (x - y), c)
-
-
-def native_scale(D: Denoiser, level: Tensor) -> Tensor:
-    """The weight of the picture in the network's own state at ``level``; float64, of its shape."""
-    path = path_of(D)
+def own_scale(D: Denoiser, level: Tensor) -> Tensor:
+    """The weight of the picture in the state of the denoiser's own path at ``level``; float64, of its shape."""
+    path = own_path(D)
     return path.coeffs(path.at(level.clamp(min=D.sigma_min))).a
 
 
-def edm_weight(level: Tensor, sigma_data: float) -> Tensor:
-    """``sqrt(level^2 + sigma_data^2) / (level sigma_data)``, EDM's ``1 / c_out`` (arXiv 2206.00364, table 1)."""
-    return (1 / level.square() + 1 / sigma_data**2).sqrt()
-
-
-def huber(d: Tensor, c: float) -> Tensor:
-    """``mean of sqrt(d^2 + c^2) - c``, a scalar, for ``d`` of any shape."""
-    square = d.square()
-    # Not the difference of the formula, which cancels where d is small.
-    return (square / ((square + c * c).sqrt() + c)).mean()
-
-
-__all__ = [
-    "TDD",
-    "edm_weight",
-    "guided_for",
-    "huber",
-    "native_huber",
-    "native_levels",
-    "native_scale",
-    "path_of",
-    "visited",
-]
+__all__ = ["TDD", "WEIGHTS", "Weight", "aimed_at", "guided_for", "own_scale", "visited", "weight_of"]

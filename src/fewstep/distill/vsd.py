@@ -15,7 +15,7 @@ from fewstep.core.cond import Batch, Cond
 from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import FLOW, widen
+from fewstep.core.path import FLOW, HIGHEST_PICTURED, widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
@@ -25,9 +25,6 @@ from fewstep.loss.dsm import dsm
 from fewstep.loss.matching import NORMALISERS, Normaliser, directed, direction
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.consistency import consistency
-
-# Above every level that a model with pictures in its noise is used from (iDDPM: 2e4), below those of pure noise.
-PURE_NOISE = 1e5
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class VSD:
         top = self.levels[0] if self.levels else self.sigma_init or high
         if self.levels:
             found = list(self.levels)
-        elif top > PURE_NOISE:
+        elif top > HIGHEST_PICTURED:
             # Karras' grid from pure noise would have hardly a level where pictures form.
             times = torch.arange(self.steps, 0, -1, dtype=torch.float64) / self.steps
             found = [top, *FLOW.sigma(times[1:]).tolist()]

@@ -3,7 +3,8 @@
 They end at 0, with the last positive level at ``sigma_min`` (a single step goes from ``sigma_max`` to 0);
 with ``to_zero=False`` they end at ``sigma_min`` itself. ``discrete`` and ``ays`` take their levels, ends included, from
 a table, and check it against the range. ``GRIDS`` names those that need no further argument; :func:`refine` and
-:func:`truncate` change a grid, and :func:`gits` chooses one from a teacher's trajectories.
+:func:`truncate` change a grid, and :func:`gits` chooses one from a teacher's trajectories. :func:`own_grid` is even in
+the own time of a denoiser.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from fewstep.grid.flow_shift import flow_shift
 from fewstep.grid.gits import gits
 from fewstep.grid.karras import karras
 from fewstep.grid.logsnr import logsnr
+from fewstep.grid.own import own_grid, own_levels, own_path, own_shares
 from fewstep.grid.refine import refine
 from fewstep.grid.time import time, vp_time
 from fewstep.grid.truncate import truncate
@@ -73,6 +75,10 @@ __all__ = [
     "iddpm_levels",
     "karras",
     "logsnr",
+    "own_grid",
+    "own_levels",
+    "own_path",
+    "own_shares",
     "polyexponential",
     "refine",
     "sd_levels",

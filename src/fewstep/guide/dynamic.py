@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fewstep.core.cond import Cond, Nulls, cat, null
 from fewstep.core.denoiser import Denoiser, Wrapper, wrapper
-from fewstep.core.path import Path, widen
+from fewstep.core.path import widen
 from fewstep.core.pipeline import TextConditions
 from fewstep.errors import InputError
+from fewstep.grid.own import own_shares
 
 SCALE = "scale"
 
@@ -21,13 +22,14 @@ SCALE = "scale"
 class DynamicGuidance(Wrapper):
     """Guidance of ``scale`` at low noise and none at high noise (arXiv 2406.14539; 2404.13040 without distillation).
 
-    At shares of the native time up to ``full`` the scale is ``scale``, from ``none`` on it is 1, and it is linear in
-    between; ``full = none`` switches at once, guided up to and including ``full``. The published values are 0.7 and
-    0.8. With ``told`` the network is told the scale as ``cond["scale"]``, in one evaluation; otherwise the estimate is
-    ``D(x, null) + s (D(x, cond) - D(x, null))``, which costs a second one where the scale is not 1.
+    At shares of the denoiser's own time (:mod:`fewstep.grid.own`) up to ``full`` the scale is ``scale``, from ``none``
+    on it is 1, and it is linear in between; ``full = none`` switches at once, guided up to and including ``full``. The
+    published values are 0.7 and 0.8. With ``told`` the network is told the scale as ``cond["scale"]``, in one
+    evaluation; otherwise the estimate is ``D(x, null) + s (D(x, cond) - D(x, null))``, which costs a second one where
+    the scale is not 1.
 
     Raises:
-        InputError: a negative scale, shares that are not 0 <= full <= none <= 1, or a denoiser without a path.
+        InputError: a scale that is negative or not finite, or shares that are not 0 <= full <= none <= 1.
     """
 
     def __init__(
@@ -45,10 +47,6 @@ class DynamicGuidance(Wrapper):
         if not 0 <= full <= none <= 1:
             raise InputError(f"dynamic guidance needs shares 0 <= full <= none <= 1, got {full} and {none}")
         self.scale, self.full, self.none, self.told, self.nulls = float(scale), float(full), float(none), told, nulls
-        inner: Any = self.inner
-        if not isinstance(getattr(inner, "path", None), Path):
-            raise InputError(f"{type(inner).__name__} has no path, so no native time: expected a Precond")
-        self._path: Path = inner.path
 
     @classmethod
     def rebuilt(cls, denoiser: Denoiser, fields: Mapping[str, Any], conds: Any) -> DynamicGuidance:
@@ -59,9 +57,7 @@ class DynamicGuidance(Wrapper):
 
     def scale_at(self, sigma: Tensor | float) -> Tensor:
         """The scale at levels ``sigma``, float64, of their shape."""
-        level = torch.as_tensor(sigma, dtype=torch.float64)
-        first, last = self._path.at(self.sigma_min), self._path.at(self.sigma_max)
-        share = (self._path.at(level.clamp(self.sigma_min, self.sigma_max)) - first) / (last - first)
+        share = own_shares(self, sigma)
         if self.full == self.none:
             # A level that stands for the share itself must not fall to the other side by its rounding.
             part = (share <= self.full + 1e-9).to(share)

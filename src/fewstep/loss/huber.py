@@ -1,4 +1,4 @@
-"""The pseudo-Huber distance of whole pictures."""
+"""The pseudo-Huber distances of whole pictures and of single pixels."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float | None = None) -> Tensor:
     c = PUBLISHED * math.sqrt(x[0].numel()) if c is None else c
     # Not the difference of the formula, which cancels where the pictures are close.
     return square / ((square + c * c).sqrt() + c)
+
+
+def pixel_huber(d: Tensor, c: float) -> Tensor:
+    """``sqrt(d^2 + c^2) - c``, a mean over the values of each picture: (B,), for differences ``d`` (B, ...).
+
+    ``c`` > 0 in units of one value: above it the distance is the absolute error, below half its square over ``c``.
+    """
+    square = d.square()
+    # Not the difference of the formula, which cancels where the pictures are close.
+    return (square / ((square + c * c).sqrt() + c)).flatten(1).mean(1)

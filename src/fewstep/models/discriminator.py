@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,10 @@ from fewstep.core.cond import Classes, Cond
 from fewstep.core.denoiser import Precond
 from fewstep.core.generator import Generator
 from fewstep.core.network import network
+from fewstep.core.noise import Noise
+from fewstep.core.path import widen
 from fewstep.errors import InputError, unknown
+from fewstep.grid.own import picked
 from fewstep.loss.gan import ADVERSARIAL, r1
 from fewstep.models.frozen import Frozen, network_under
 
@@ -164,6 +168,33 @@ def _notes(found: dict[str, tuple[int, ...]], tap: str) -> Callable[[nn.Module, 
         found[tap] = tuple(out.shape)
 
     return hook
+
+
+def check_game(method: str, game: str, judged_at: Sequence[float], hidden: int, **weights: float) -> None:
+    """Checks what a method says of its adversarial term, before any work: for its ``__post_init__``.
+
+    Raises:
+        InputError: an unknown game, places that are none or not within [0, 1), ``hidden`` below 1, or a weight that is
+            negative or not finite.
+    """
+    for name, value in weights.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{method} needs {name} >= 0 and finite, got {value}")
+    if not judged_at or not all(0 <= place < 1 for place in judged_at):
+        raise InputError(f"{method}(judged_at=...) takes places within [0, 1), got {judged_at}")
+    if not hidden >= 1:
+        raise InputError(f"{method} needs hidden >= 1, the width of the discriminator's heads, got {hidden}")
+    if game not in ADVERSARIAL:
+        raise unknown("adversarial loss", game, ADVERSARIAL)
+
+
+def judging(noise: Noise, levels: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """How a discriminator sees each sample: a level (B,), float64, one of ``levels`` drawn alike, and noise of it.
+
+    The noise (B, ...), of the shape and dtype of ``like``, is to be added to the real and to the made picture alike.
+    """
+    sigma = picked(noise.integers(0, len(levels), (), "judged"), levels)
+    return sigma, widen(sigma, like) * noise.normal(like.shape[1:], "judged", dtype=like.dtype)
 
 
 def read(D: Any, heads: Any, x: Tensor, sigma: Tensor, cond: Cond) -> dict[str, Tensor]:

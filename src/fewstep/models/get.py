@@ -305,11 +305,16 @@ class OneLevel(Precond):
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """The picture (B, *shape) of the pure noise ``x``, whose standard deviation is ``sigma_max``.
 
+        A wrong level that lies on another device than the host gives NaN, because an error would have to wait for it.
+
         Raises:
             InputError: another level.
         """
         told = as64(sigma)
         wrong = (told / self.sigma_max - 1).abs() > 1e-6
+        if told.device.type != "cpu":
+            made = super().forward(x, sigma, cond)
+            return made.masked_fill(wrong.reshape(-1, *[1] * (made.ndim - 1)), math.nan)
         if bool(wrong.any()):
             raise InputError(
                 f"this generator makes pictures from pure noise at sigma {self.sigma_max:g} and knows no other level, "

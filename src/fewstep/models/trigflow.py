@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from fewstep.core.cond import Cond
 from fewstep.core.denoiser import TIME_MAPS, Precond
-from fewstep.core.path import TRIG, Path, widen, x0_weights
+from fewstep.core.path import PURE_NOISE, TRIG, Path, widen, x0_weights
 from fewstep.errors import InputError
-
-PURE_NOISE = 1e8
 
 
 class View:
