@@ -311,14 +311,14 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: distill(teacher(), CoDi(), out="/nowhere", budget=1), "CoDi learns from data and got none"),
     (
         lambda: distill(teacher(), CoDi(), larger(), out="/nowhere", budget=1),
-        r"'sr-large' are \(1, 8, 8\) and the teacher makes \(1, 4, 4\)",
+        r"CoDi: the data hold \(1, 8, 8\) and the teacher takes \(1, 4, 4\)",
     ),
     (
         lambda: distill(teacher(), CoDi(), SuperResolution(tiny_data(), 4), out="/nowhere", budget=1),
         r"image conditions of wrong size: the teacher's are \(1, 2, 2\), those of the data \(1, 1, 1\)",
     ),
     (
-        lambda: next(CoDi().step(models(), tiny_data().take(torch.arange(2)), 0, Noise.of(0, 2))),
+        lambda: next(CoDi().step(models(), Batch(torch.zeros(2, 1, 1, 1), {}), 0, Noise.of(0, 2))),
         "data with the condition 'image'",
     ),
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.denoiser import Precond, edm
+from fewstep.core.denoiser import Precond
 from fewstep.core.exact import Mixture
 from fewstep.core.fit import build_models
 from fewstep.core.generator import Generator
@@ -24,8 +24,8 @@ from fewstep.distill.ctm import CTM, gamma_sampling, last_weight
 from fewstep.errors import InputError
 from fewstep.guide import CFG
 from fewstep.models import ADM, ADMConfig, EDM2Config, EDM2UNet, ResMLP, ResMLPConfig, SongUNet, SongUNetConfig
+from fewstep.models.discriminator import usual_taps
 from fewstep.models.flow_map import UNTIL, Told, flow_map
-from fewstep.models.get import ViT, ViTConfig
 from fewstep.models.lora import LoRA
 from fewstep.solve.consistency import consistency
 from fewstep.solve.euler import euler
@@ -201,16 +201,17 @@ def test_the_count_of_the_teachers_steps_is_a_function_of_the_iteration() -> Non
     assert counts != [method.heun_steps(m, i) for i in range(400)], "another run draws others"
 
 
-@pytest.mark.parametrize("network", ["unet", "vit"])
-def test_the_usual_taps_suit_every_network_and_roles_draw_nothing(network: str) -> None:
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_the_usual_taps_suit_every_network_and_roles_draw_nothing(bottleneck: bool) -> None:
     start = tiny("unet", channels=8, multipliers=(1, 2), blocks=1, attention=())
-    if network == "vit":
-        start = replace(start, denoiser=edm(ViT(ViTConfig((1, 4, 4), 3, width=16, heads=2, depth=3)), (1, 4, 4)))
+    D: Any = start.denoiser
+    # Transformers declare their blocks and no bottleneck.
+    D.taps = {name: place for name, place in D.taps.items() if bottleneck or name != "bottleneck"}
     before = torch.get_rng_state()
     roles = replace(BASE, gan=1.0).roles(start)
     assert torch.equal(torch.get_rng_state(), before)
     heads: Any = roles["heads"].start()
-    assert heads.config.taps == (("bottleneck",) if network == "unet" else ("block1",))
+    assert heads.config.taps == usual_taps(D) and ("bottleneck" in heads.config.taps) == bottleneck
 
 
 def test_both_sides_of_the_game_see_pictures_at_the_same_levels() -> None:

@@ -95,9 +95,9 @@ def test_every_level_is_met_as_often_as_it_is_probable(phase: int) -> None:
         m = models()
         m.seed = first
         met = (
-            torch.bincount(torch.tensor([method.start(m, first + i, phase) for i in range(2000)]), minlength=32) / 2000
+            torch.bincount(torch.tensor([method.start(m, first + i, phase) for i in range(1000)]), minlength=32) / 1000
         )
-        assert float((met - chances).abs().max()) < 0.005
+        assert float((met - chances).abs().max()) < 0.01
     made = []
     for seed in (0, 0, 1):
         m.seed = seed

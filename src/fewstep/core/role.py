@@ -169,8 +169,9 @@ class Method(Protocol):
     """A frozen dataclass of hyper-parameters with one generator; one yield is one optimizer step.
 
     ``step`` runs with every role frozen; only inside an Update's ``loss`` is a role open. A yield must not stand inside
-    a grad-mode or autocast context. Two things are optional: ``run(teacher, data, out=, budget=, **options)`` is a
-    whole distillation of several stages, and ``ships(network)`` the denoiser that a trained network is shipped as.
+    a grad-mode or autocast context. Three things are optional: ``run(teacher, data, out=, budget=, **options)`` is a
+    whole distillation of several stages, ``ships(network)`` the denoiser that a trained network is shipped as, and
+    ``check(teacher, data)`` refuses data before anything is spent.
     """
 
     needs_data: ClassVar[bool]

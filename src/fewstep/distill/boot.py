@@ -15,12 +15,12 @@ from fewstep.core.cond import Batch, Cond
 from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.path import TRIG, widen
+from fewstep.core.path import HIGHEST_PICTURED, TRIG, widen
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.grid.coordinate import Coordinate
-from fewstep.grid.own import PURE_NOISE, between, informed_at, own_path
+from fewstep.grid.own import between, informed_at, own_path
 from fewstep.models.flow_map import UNTIL, Told, flow_map
 from fewstep.models.frozen import frozen, network_under
 from fewstep.solve.euler import euler
@@ -128,7 +128,7 @@ class BOOT:
         if self.grid == "cosine":
             return TRIG(self.scale)
         if self.grid == "karras":
-            if top > PURE_NOISE:
+            if top > HIGHEST_PICTURED:
                 raise InputError(
                     f"Karras' grid cannot start at sigma {top:g}, the pure noise of a flow model or of zero terminal "
                     "SNR: use grid cosine or native"

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.core.denoiser import Precond
 from fewstep.core.generator import Generator, check_device
-from fewstep.core.path import FLOW, TRIG, DDPMPath
+from fewstep.core.path import FLOW, PURE_NOISE, TRIG, DDPMPath
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
 from fewstep.models.diffusers import DTYPES, DiffusersConfig, DiffusersNet, diffusers_class
@@ -24,7 +24,6 @@ from fewstep.sources.exported import carried, exported_steps
 from fewstep.sources.text import Prompts
 from fewstep.tracing import SCHEDULERS, scheduler_config, trace
 
-PURE_NOISE = 1e8
 SCHEDULER = "scheduler/scheduler_config.json"
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
 _PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")

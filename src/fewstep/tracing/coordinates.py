@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fewstep.core.path import PURE_NOISE
 from fewstep.errors import InputError, unknown
-
-PURE_NOISE = 1e8
-"""The level that stands for pure noise, where ``a`` is 0."""
 
 
 class Spot(NamedTuple):

@@ -23,8 +23,6 @@ from fewstep.loss.dsm import dsm
 from fewstep.solve.euler import euler
 from fewstep.solve.heun import heun
 
-# The level that stands for pure noise, t = 1, of a flow model.
-PURE_NOISE = 1e8
 # The lowest level of one that is trained here, as that of FlowTime's lowest time.
 LEAST = 1e-4
 

@@ -18,7 +18,7 @@ from fewstep.core.denoiser import Denoiser, Precond, Wrapper, edm, module_of, re
 from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
-from fewstep.core.path import FLOW
+from fewstep.core.path import FLOW, PURE_NOISE
 from fewstep.core.role import Method, Models
 from fewstep.core.state import Run
 from fewstep.data import Data as PictureData
@@ -30,7 +30,7 @@ from fewstep.models.lora import Adapted, LoRA, merge
 from fewstep.models.offload import offloaded
 from fewstep.report.pictures import save_grid
 from fewstep.solve.heun import heun
-from fewstep.train.flow_matching import LEAST, PURE_NOISE, flow_sampler
+from fewstep.train.flow_matching import LEAST, flow_sampler
 from fewstep.train.roles import roles_of
 
 
