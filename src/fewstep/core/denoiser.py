@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -176,9 +177,13 @@ class Precond(nn.Module):
     def _tapped(self, taps: Sequence[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
         """Hooks that fill the mapping as the network runs; with ``stop`` it is left when all are there."""
         found: dict[str, Tensor] = {}
+        own = threading.get_ident()
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+                # Another thread may run the same network, such as the one that fetches data.
+                if threading.get_ident() != own:
+                    return
                 found[name] = out
                 if stop and len(found) == len(set(taps)):
                     raise _Reached

@@ -290,9 +290,11 @@ def _fill(module: nn.Module, fake: FakeTensorMode, memo: dict[int, Tensor]) -> N
         if id(t) not in memo:
             with fake:
                 made = torch.empty(t.shape, dtype=t.dtype, device="cpu")
-            memo[id(t)] = nn.Parameter(made, requires_grad=False) if isinstance(t, nn.Parameter) else made
-            # The original stays alive, so that its number is not given to another.
-            memo[id(memo[id(t)])] = t
+            held = nn.Parameter(made, requires_grad=False) if isinstance(t, nn.Parameter) else made
+            # What is held is met again where two roles share a module. The original stays alive, so that its number is
+            # not given to another.
+            memo[id(t)] = memo[id(held)] = held
+            memo[-id(t)] = t
         return memo[id(t)]
 
     for m in module.modules():

@@ -82,7 +82,14 @@ PUBLISHED: dict[str, Published] = {
     "f-distill": Published(
         {"student": 2e-6, "fake": 2e-6}, 296e6, 512, 600_000, "arXiv 2502.15681, ImageNet-64", IMAGENET
     ),
-    "vsd": Published({"student": 1e-6, "fake": 1e-3}, 866e6, 16, None, "arXiv 2312.05239, SD 2.1", None, True),
+    # Its fake score is LoRA of rank 64, at 1e-3.
+    "swiftbrush": Published({"student": 1e-6}, 866e6, None, None, "arXiv 2312.05239, SD 2.1", None),
+    "sida": Published(
+        {"student": 1e-5, "fake": 1e-5}, 55.7e6, 256, 1_171_875, "arXiv 2410.14919, CIFAR-10, 300M pictures", CIFAR10
+    ),
+    "disback": Published(
+        {"student": 5e-7, "fake": 5e-7, "degrade": 5e-7}, 2.6e9, None, 93_000, "arXiv 2408.15991, SDXL scripts", None
+    ),
     "sid": Published(
         {"student": 1e-5, "fake": 1e-5}, 55.7e6, 256, 1_953_125, "arXiv 2404.04057, CIFAR-10, 500M pictures", None
     ),

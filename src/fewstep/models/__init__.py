@@ -11,6 +11,7 @@ from fewstep.models.guided import GuidedUNet, GuidedUNetConfig
 from fewstep.models.image_conditioned import ImageConditioned, ImageConditionedConfig
 from fewstep.models.k_unet import KUNet, KUNetConfig
 from fewstep.models.mlp import ResMLP, ResMLPConfig
+from fewstep.models.router import Routed, RoutedConfig
 from fewstep.models.song_unet import SongUNet, SongUNetConfig
 from fewstep.models.unet import UNet, UNetConfig
 
@@ -38,6 +39,8 @@ __all__ = [
     "OneLevel",
     "ResMLP",
     "ResMLPConfig",
+    "Routed",
+    "RoutedConfig",
     "SongUNet",
     "SongUNetConfig",
     "UNet",

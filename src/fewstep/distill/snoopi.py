@@ -1,0 +1,92 @@
+"""SNOOPI's training, PG-SB (arXiv 2412.02687): SwiftBrush with a random guidance scale; see models.nasa for NASA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.core.generator import Generator
+from fewstep.core.noise import Noise
+from fewstep.core.role import Ema, Optim, Role
+from fewstep.distill.swiftbrush import SwiftBrush
+from fewstep.errors import InputError
+from fewstep.loss.draw import KarrasUniform
+from fewstep.loss.matching import Normaliser
+
+
+@dataclass(frozen=True)
+class SNOOPI(SwiftBrush):
+    """SwiftBrush whose guidance scale is drawn anew for each sample, the same for teacher and fake score.
+
+    A range of one value is SwiftBrush with that scale, bit for bit. Negative prompts for the student are
+    :func:`fewstep.models.nasa.nasa`.
+
+    Attributes:
+        guidance_range: lowest and highest scale, drawn evenly; both at least 1.
+        guidance: of SwiftBrush; stays None, because the range stands in for it.
+        times: shares of the teacher's own time between which the compared levels are drawn evenly; () takes
+            ``draw`` and ``fake_draw`` instead. A teacher whose time is the level itself has that of VP's linear betas.
+        fake_weight: of the fake score's squared error, with ``times``: noise is the published one of the noise
+            prediction, ``1 / (sigma^2 (1 + sigma^2))`` in x0; edm is EDM's.
+        steps: evaluations of the student; 1 in the paper.
+        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
+            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
+        sigma_init: the level that the student starts from; None is the teacher's highest.
+        normaliser: of the difference: vp is the paper's, sample DMD's, none Diff-Instruct's.
+        draw: noise levels at which student and teacher are compared, with ``times`` ().
+        fake_draw: noise levels of the fake score's training, with ``times`` ().
+        ratio: updates of the fake score for each of the student.
+        student: optimizer of the student.
+        fake: optimizer of the fake score; a LoRA on the teacher in the paper.
+        ema: the average that ships.
+    """
+
+    guidance_range: tuple[float, float] = (1.5, 7.5)
+    guidance: float | None = None
+    fake_weight: Literal["noise", "edm"] = "noise"
+    normaliser: Normaliser = "vp"
+    student: Optim = Optim(lr=1e-4, clip=1.0)
+    fake: Optim = Optim(lr=1e-4, clip=1.0)
+    ema: Ema = Ema(power=0.05)
+    draw: KarrasUniform = KarrasUniform(top=0.98, bottom=0.02)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance is not None:
+            raise InputError(
+                f"SNOOPI draws its guidance from guidance_range, got guidance={self.guidance}: leave it out, or use "
+                "SwiftBrush for one scale"
+            )
+        found = self.guidance_range
+        if len(found) != 2 or not found[0] <= found[1] < math.inf:
+            raise InputError(f"SNOOPI needs guidance_range as lowest and highest scale, in this order, got {found}")
+        if found[0] < 1:
+            raise InputError(
+                f"guidance range below 1: SNOOPI moves away from no condition, not towards it, got {found}"
+            )
+
+    @property
+    def highest(self) -> float | None:
+        """See :attr:`SwiftBrush.highest`."""
+        return self.guidance_range[1]
+
+    def roles(self, teacher: Generator) -> dict[str, Role]:
+        """See :meth:`SwiftBrush.roles`.
+
+        Raises:
+            InputError: an unconditional teacher, or what :meth:`SwiftBrush.roles` refuses.
+        """
+        if teacher.conds is None:
+            raise InputError(
+                "SNOOPI needs a teacher with classes or prompts, because guidance has nothing to move away from: this "
+                "one is unconditional, use swiftbrush or vsd"
+            )
+        return super().roles(teacher)
+
+    def scales(self, noise: Noise) -> Tensor | None:
+        """(B,) drawn evenly from the range, the same for teacher and fake score."""
+        low, high = self.guidance_range
+        return None if high == 1 else low + (high - low) * noise.uniform((), "guidance")
