@@ -79,7 +79,7 @@ class Distill:
         if self.several:
             students = distill_steps(teacher, method, pictures, steps=self.several, out=out, **options)
             first, last = min(students), max(students)
-            once = getattr(method, "any_steps", False)
+            once = getattr(method, "any_steps", False) and not hasattr(method, "ships")
             shown = f"{out} --sampler {_table(out, first)}" if once else f"{out / str(last)}"
             line = f"{out}: for {', '.join(map(str, students))} steps; try `fewstep sample {shown}`"
         else:
