@@ -25,7 +25,7 @@ from fewstep.distill.vsd import VSD
 from fewstep.errors import InputError
 from fewstep.guide import guided
 from fewstep.models import ResMLP, ResMLPConfig
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_resume, tiny, tiny_data
 
 METHODS: dict[str, Any] = {
     "EMD": EMD(sigma_init=2.5, chain=3, student=STEADY, fake=STEADY),
@@ -279,16 +279,7 @@ def test_it_covers_both_modes_where_vsd_sits_in_one() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
-    method = METHODS[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=5)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_resume(name, METHODS[name], tmp_path)
 
 
 def test_flow_and_guided_teachers(tmp_path: Path) -> None:

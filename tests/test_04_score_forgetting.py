@@ -19,7 +19,7 @@ from fewstep.distill.score_forgetting import ScoreForgetting, Staying
 from fewstep.distill.sid import SiD
 from fewstep.errors import InputError
 from fewstep.guide import guided
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_resume, tiny, tiny_data
 
 METHODS: dict[str, Any] = {
     "random": ScoreForgetting(forget=(1,), forgetting=0.5, fake_forgetting=0.5, student=STEADY, fake=STEADY),
@@ -175,16 +175,7 @@ def test_a_random_override_is_a_class_that_stays() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
-    method = METHODS[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=5)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_resume(name, METHODS[name], tmp_path)
 
 
 def test_guided_teachers_and_data(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fewstep.loss.draw import KarrasUniform, LogNormal
 from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.frozen import Frozen, network_under
 from fewstep.train import untrained
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, bits, check_resume, differing, run, tiny, tiny_data
 
 LOUD = {"gan": 0.1, "critic": 10.0}
 METHODS: dict[str, Any] = {
@@ -156,16 +156,7 @@ def test_without_the_gan_it_is_sid_in_every_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
-    method = METHODS[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=5)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_resume(name, METHODS[name], tmp_path)
 
 
 # ---- guidance

@@ -23,7 +23,7 @@ from fewstep.errors import InputError
 from fewstep.guide import CFG, guided
 from fewstep.models.lora import Adapted, LoRA
 from fewstep.train.run import train
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, bits, check_resume, differing, run, tiny, tiny_data
 
 METHODS: dict[str, SwiftBrush] = {
     "own time, guided": SwiftBrush(sigma_init=2.5, guidance=3.0, student=STEADY, fake=STEADY),
@@ -195,16 +195,7 @@ def test_the_fake_score_as_lora(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
-    method = METHODS[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=5)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_resume(name, METHODS[name], tmp_path)
 
 
 @pytest.mark.parametrize(

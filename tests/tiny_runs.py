@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -111,6 +112,19 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
     """The largest difference relative to the largest entry of its tensor, and where."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     return max((float((a[k] - b[k]).abs().max() / (a[k].abs().max() + 1e-12)), k) for k in a)
+
+
+def check_resume(name: str, method: Method, folder: Path) -> None:
+    """A run that was stopped goes on to the same bits, and two micro-batches are one batch."""
+    run(name, folder / "whole", method=method)
+    with pytest.raises(Stop):
+        run(name, folder / "cut", method=method, stop=5)
+    run(name, folder / "cut", method=method, resume=True)
+    whole = bits(folder / "whole")
+    assert differing(whole, bits(folder / "cut")) == []
+    assert log_of(folder / "whole") == log_of(folder / "cut")
+    run(name, folder / "one", method=method, micro=1)
+    assert furthest(whole, bits(folder / "one"))[0] < 2e-3
 
 
 def child(target: Callable[..., object], args: Sequence[object] = (), **kwargs: Any) -> BaseProcess:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
-from fewstep.core.role import Ema, Optim, Role
+from fewstep.core.role import Role
 from fewstep.distill.swiftbrush import SwiftBrush
 from fewstep.errors import InputError
-from fewstep.loss.draw import KarrasUniform
-from fewstep.loss.matching import Normaliser
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,6 @@ class SNOOPI(SwiftBrush):
     """
 
     guidance_range: tuple[float, float] = (1.5, 7.5)
-    guidance: float | None = None
-    fake_weight: Literal["noise", "edm"] = "noise"
-    normaliser: Normaliser = "vp"
-    student: Optim = Optim(lr=1e-4, clip=1.0)
-    fake: Optim = Optim(lr=1e-4, clip=1.0)
-    ema: Ema = Ema(power=0.05)
-    draw: KarrasUniform = KarrasUniform(top=0.98, bottom=0.02)
 
     def __post_init__(self) -> None:
         super().__post_init__()
