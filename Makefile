@@ -21,7 +21,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP)  ## .venv with the package, its extras dev and hf, and the versions of constraints.txt
+venv: $(STAMP)  ## .venv with the package, its extras dev, hf and web, and the versions of constraints.txt
 
 $(PY):
 	@for python in $(CANDIDATES); do \
@@ -35,7 +35,7 @@ $(PY):
 # the interpreter is order-only: its own date says nothing about what is installed
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PIP) install -q torch -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install -q -e '.[dev,hf]' -c constraints.txt
+	$(PIP) install -q -e '.[dev,hf,web]' -c constraints.txt
 	@touch $@
 
 # idle OpenMP threads that spin take the cores from those that work

@@ -129,7 +129,30 @@ CLAIMS: dict[str, Claim] = {
     "get-vit": pair("get", "an equilibrium against a deeper transformer", {"network": "get"}, {"network": "vit"}),
     "icd-preservation": pair("icd", "cycles that must end where they began", {"preserve": 1.5}, {"preserve": 0.0}),
     "dmd2-gan": pair("dmd2", "the GAN term", {"gan": 3e-3}, {"gan": 0.0}),
-    "f-distill-js": Claim(Variant("f-distill"), Variant("dmd2"), "Jensen-Shannon against reverse KL"),
+    "dmd2-ratio": pair("dmd2", "five updates of the fake score for each of the student", {"ratio": 5}, {"ratio": 1}),
+    "f-distill-js": pair(
+        "f-distill",
+        "Jensen-Shannon against reverse KL",
+        {"divergence": "jensen-shannon"},
+        {"divergence": "reverse-kl"},
+    ),
+    "f-distill-kl": pair(
+        "f-distill", "forward against reverse KL", {"divergence": "forward-kl"}, {"divergence": "reverse-kl"}
+    ),
+    "f-distill-bins": pair("f-distill", "ratios relative to those of their noise level", {"bins": 10}, {"bins": 0}),
+    "vsd-normaliser": pair("vsd", "DMD's normaliser against none", {"normaliser": "sample"}, {"normaliser": "none"}),
+    "sid-alpha": pair("sid", "the loss's second term", {"alpha": 1.0}, {"alpha": 0.0}),
+    "sid-against-vsd": Claim(Variant("sid"), Variant("vsd"), "Fisher divergence against Diff-Instruct"),
+    "sida-gan": pair("sida", "an adversarial term beside SiD", {"gan": 1e-4}, {"gan": 0.0}),
+    "emd-against-vsd": Claim(Variant("emd"), Variant("vsd"), "chains of an E-step against none"),
+    "emd-cancel": pair("emd", "cancelling the chains' noise", {"cancel": True}, {"cancel": False}),
+    "emd-latent": pair("emd", "latents that move against fixed ones", {"latent_step": 1e-3}, {"latent_step": 0.0}),
+    "disback-nodes": pair("disback", "a teacher that comes back, or stands at its end", {"nodes": 5}, {"nodes": 0}),
+    "snoopi-range": Claim(
+        Variant("snoopi"), Variant("swiftbrush", {"guidance": 4.5}), "guidance drawn from a range against its middle"
+    ),
+    "sdxs-features": pair("sdxs", "features matched beside", {"feature_weight": 1.0}, {"feature_weight": 0.0}),
+    "msd-students": pair("msd", "four students against one", {"students": 4}, {"students": 1}),
     "ect-against-ct": Claim(Variant("ect"), Variant("ct"), "pairs whose gap closes against neighbours of a grid"),
 }
 
@@ -192,13 +215,15 @@ def main(flags: Flags) -> None:
     if not rows:
         rows = [measure(flags, how, data, teacher, teacher.sampler, "teacher")]
         rows += [measure(flags, how, data, teacher, *fitted(teacher, nfe)) for nfe in flags.nfes]
+        write(flags, path, teacher, rows)
     for variant in chosen:
         try:
             made = list(students(flags, how, data, teacher, variant))
         except InputError as error:
             made = [{"name": variant.name, "method": variant.method, "refused": str(error)}]
             print(f"{variant.name}: {error}", flush=True)
-        rows = [row for row in rows if row["name"] != variant.name] + made
+        # Read again: another call may have measured other methods meanwhile.
+        rows = [row for row in earlier(path, teacher) or rows if row["name"] != variant.name] + made
         write(flags, path, teacher, rows)
     write(flags, path, teacher, rows)
     show(rows)

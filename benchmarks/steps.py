@@ -6,9 +6,11 @@
 A step runs from data in memory until the averages are done. Its network calls are recorded once, with their inputs,
 what had a gradient, and the gradients that came back; then step and replay of the calls take turns in one process, and
 the medians are compared, of CPU time, because other programs may want the same cores. The replay is forward passes
-alone, those with a backward pass to the weights, to the input or to both, and forward-mode derivatives. Memory: the
-estimated peak of a step against 1.15 times the sum of weights, optimizer states, gradients, averages and the
-activations of one pass. Writes benchmarks/results/steps.json.
+alone, those with a backward pass to the weights, to the input or to both, and forward-mode derivatives. A method whose
+student is updated once in several steps is measured over all of these, per step. Passes that a method only makes to
+save memory, or makes in parts of the batch, are not among the recorded ones: the recording takes every update whole.
+Memory: the estimated peak of a step against 1.15 times the sum of weights, optimizer states, gradients, averages and
+the activations of one pass. Writes benchmarks/results/steps.json.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from fewstep.core.memory import Live
 from fewstep.core.noise import Noise
 from fewstep.core.options import FitOptions
 from fewstep.core.path import FLOW
+from fewstep.core.role import Update
 from fewstep.core.state import read_json, write_text
 from fewstep.data.conditions import ConditionsOnly
 from fewstep.distill import METHODS
@@ -56,7 +59,7 @@ SIZES: dict[str, tuple[UNetConfig, int]] = {
     "large": (UNetConfig((3, 32, 32), 3, 40, (1, 2), 2, (16,)), 16),
 }
 EXAMPLES = 64
-# The step that is timed: not the first, which some methods take differently.
+# The first step that is timed: not the very first, which some methods take differently.
 TIMED = 3
 
 
@@ -136,6 +139,16 @@ class Random:
     def take(self, ids: Tensor) -> Batch:
         """See :class:`fewstep.data.base.Data`."""
         return Batch(self.x[ids], {"label": self.label[ids]}, self.noise[ids])
+
+
+class Loop(_Loop):
+    """The training loop, which can take updates whole that it would take in parts."""
+
+    whole = False
+
+    def gradients(self, update: Update, count: int) -> dict[str, Tensor]:
+        """See :class:`fewstep.core.role.Update`: its ``loss`` is what the equations say."""
+        return super().gradients(update._replace(parts=()) if self.whole else update, count)
 
 
 def teachers(config: UNetConfig) -> Iterator[Generator]:
@@ -244,7 +257,7 @@ def replay(call: Call) -> None:
     call.module.requires_grad_(False)
 
 
-def prepared(name: str, config: UNetConfig, batch: int) -> tuple[Any, Generator, _Loop]:
+def prepared(name: str, config: UNetConfig, batch: int) -> tuple[Any, Generator, Loop]:
     """The method on the first teacher that it takes, ready to step.
 
     Raises:
@@ -259,7 +272,7 @@ def prepared(name: str, config: UNetConfig, batch: int) -> tuple[Any, Generator,
         try:
             models = build_models(method.roles(teacher), "cpu")
             data = Random(config.shape) if method.needs_data else ConditionsOnly(teacher.conds)
-            loop = _Loop(method, models, data, FitOptions(batch=batch), None)
+            loop = Loop(method, models, data, FitOptions(batch=batch), None)
             loop.step(0, 0.0, loop.load(0))
             return method, teacher, loop
         except InputError as error:
@@ -280,21 +293,28 @@ def row_of(name: str, size: str, repeats: int) -> dict[str, Any]:
     """The numbers of a method at a size."""
     config, batch = SIZES[size]
     method, teacher, loop = prepared(name, config, batch)
-    parts, calls = loop.load(TIMED), list[Call]()
+    # Of the methods with two players; elsewhere it is a share.
+    ratio = getattr(method, "ratio", 1)
+    cycle, calls = ratio if isinstance(ratio, int) else 1, list[Call]()
+    parts = {i: loop.load(i) for i in range(TIMED, TIMED + cycle)}
     for i in range(1, TIMED):
         loop.step(i, 0.0, loop.load(i))
+    loop.whole = True
     with recording(calls, bare(loop.m.networks.values())):
-        loop.step(TIMED, 0.0, parts)
+        for i, given in parts.items():
+            loop.step(i, 0.0, given)
+    loop.whole = False
     times: dict[str, list[float]] = {"step": [], "passes": []}
     for turn in range(repeats + 1):
         clock = time.process_time()
-        loop.step(TIMED, 0.0, parts)
+        for i, given in parts.items():
+            loop.step(i, 0.0, given)
         middle = time.process_time()
         for call in calls:
             replay(call)
         if turn:
-            times["step"].append(middle - clock)
-            times["passes"].append(time.process_time() - middle)
+            times["step"].append((middle - clock) / cycle)
+            times["passes"].append((time.process_time() - middle) / cycle)
         loop.sums.clear()
     step, passes = (statistics.median(values) for values in times.values())
     kinds = [call.kind for call in calls]
@@ -304,6 +324,7 @@ def row_of(name: str, size: str, repeats: int) -> dict[str, Any]:
         "size": size,
         "parameters": sum(p.numel() for p in teacher.network.parameters()),
         "batch": batch,
+        **({} if cycle == 1 else {"steps": cycle}),
         "calls": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "step_ms": round(1e3 * step, 2),
         "passes_ms": round(1e3 * passes, 2),

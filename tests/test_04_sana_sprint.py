@@ -18,7 +18,7 @@ from fewstep.core.fit import build_models
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import FLOW
-from fewstep.core.role import Models
+from fewstep.core.role import Models, added
 from fewstep.distill.sana_sprint import SanaSprint
 from fewstep.distill.scm import SCM
 from fewstep.errors import InputError
@@ -83,6 +83,24 @@ def test_each_loss_can_be_had_alone_and_the_whole_is_their_weighted_sum() -> Non
     assert float(weighed["adversarial"]) == pytest.approx(3 * float(both["adversarial"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_in_parts_losses_and_gradients_are_the_same(lean: bool) -> None:
+    found: list[tuple[dict[str, float], list[Tensor]]] = []
+    for whole in (True, False):
+        m, updates = opened(replace(RUNS["hybrid"], lean=lean), flow())
+        m.student.requires_grad_(True)
+        losses = []
+        for part in (updates[0].loss,) if whole else updates[0].parts:
+            losses.append(part())
+            losses[-1]["loss"].backward()
+        told = {name: float(value.detach()) for name, value in added(losses).items()}
+        found.append((told, [p.grad for p in m.student.parameters() if p.grad is not None]))
+    (one, a), (parts, b) = found
+    assert len(updates[0].parts) == 2 and one == pytest.approx(parts, rel=1e-6)
+    far = max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    assert far < 1e-6 * max(float(x.abs().max()) for x in a)
+
+
 def test_without_the_adversarial_loss_it_is_continuous_time_consistency() -> None:
     start, own = flow(), RUNS["consistency"]
     plain = SCM(mean=own.mean, std=own.std, variance=STEADY)
@@ -117,8 +135,8 @@ def test_a_share_of_the_judged_pictures_comes_from_the_highest_level() -> None:
     many = Batch(torch.zeros(4000, 1, 4, 4), {})
     m.student.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     with torch.no_grad():
-        method.guess(m, many, Noise.of(0, 4000))
-        replace(method, top=0.0).guess(m, many, Noise.of(0, 4000))
+        m.student(*method.asked(m, many, Noise.of(0, 4000)))
+        m.student(*replace(method, top=0.0).asked(m, many, Noise.of(0, 4000)))
     assert float((seen[0] == 40.0).double().mean()) == pytest.approx(0.3, abs=0.03)
     # exp(0.2 + 1.6 z) is above 40 for z > 2.18.
     assert float((seen[1] == 40.0).double().mean()) == pytest.approx(0.0146, abs=0.006)

@@ -19,7 +19,7 @@ from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.options import FitOptions
 from fewstep.core.path import FLOW
-from fewstep.core.role import Ema, Models, Role, Update
+from fewstep.core.role import Ema, Models, Role, Update, added
 from fewstep.core.state import Run, load_tensors
 from fewstep.distill.scflow import SCFlow, level, times_of
 from fewstep.errors import InputError
@@ -276,6 +276,37 @@ def test_one_sample_serves_the_game_the_correction_and_the_discriminator() -> No
     z = m.teacher.sigma_min * noise.normal((1, 4, 4), "judged")
     want = (made[0].detach() + z) / (1 + m.teacher.sigma_min)
     assert min(float((x - want).abs().max()) for x in shown) < 1e-6
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_in_parts_losses_and_gradients_are_the_same(lean: bool) -> None:
+    method = replace(FULL, gan_from=0.0, correction_from=0.0, bidirectional_from=0.0, lean=lean)
+    m = build_models(method.roles(flow_teacher()), "cpu")
+    batch = Batch(tiny_data().pixels[:4], {"label": torch.arange(4) % 3})
+    m.student.requires_grad_(True)
+    found: list[tuple[dict[str, float], list[Tensor]]] = []
+    for whole in (True, False):
+        update = next(method.step(m, batch, 0, Noise.of(0, 4)))
+        losses: list[Any] = []
+        for part in (update.loss,) if whole else update.parts:
+            losses.append(part())
+            losses[-1]["loss"].backward()
+        told = {name: float(value.detach()) for name, value in added(losses).items()}
+        found.append((told, [p.grad for p in m.student.parameters() if p.grad is not None]))
+        m.student.zero_grad(set_to_none=True)
+    (one, a), (parts, b) = found
+    assert len(update.parts) == 3 and one == pytest.approx(parts, rel=1e-6)
+    far = max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    assert far < 1e-6 * max(float(x.abs().max()) for x in a)
+
+
+def test_one_graph_at_a_time_takes_less_memory() -> None:
+    options, start = FitOptions(batch=64), tiny("unet", channels=16, multipliers=(1,), blocks=1, attention=())
+    method = replace(FULL, gan_from=0.0, r1=0.0)
+    lean, plain = (
+        estimate_memory(replace(method, lean=on), start, tiny_data(), options).activations for on in (True, False)
+    )
+    assert lean < 0.95 * plain
 
 
 # ---- the sampler

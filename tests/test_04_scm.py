@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.core.cond import Batch, Cond
 from fewstep.core.denoiser import Precond, edm
@@ -25,6 +26,7 @@ from fewstep.core.role import Models, Optim, Role
 from fewstep.distill.scm import SCM
 from fewstep.errors import InputError
 from fewstep.guide import guided
+from fewstep.loss.tangent import directional
 from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.consistency import JumpPrecond
 from fewstep.models.lora import LoRA
@@ -329,6 +331,31 @@ def test_lora_and_checkpointing_work(tmp_path: Path) -> None:
 def bare(time: Any) -> Generator:
     net = ResMLP(ResMLPConfig((1, 4, 4), 3, width=8, embedding=8, blocks=1))
     return replace(tiny(), denoiser=Precond(net, (1, 4, 4), path=DDPM, predicts="noise", time=time, sigma_min=0.02))
+
+
+def test_sums_products_and_attention_have_torchs_own_derivatives() -> None:
+    c = torch.tensor([0.3, 2.0, -1.5, 0.7, 1.1], dtype=torch.float64)
+    cases: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, u: (2 * x + 1) * c - 3,
+        lambda x, u: (1 - x) / c + x / 4,
+        lambda x, u: 1 / (x * x + 2) - c / (u * u + 1),
+        lambda x, u: c - x * u + (c + u) / (c * c + u * u),
+        lambda x, u: torch.addcmul(x, x, 1 + u),
+        lambda x, u: torch.addcmul(c, x, u) + torch.addcmul(x, c, u),
+        # The derivative has the type and the shape of a result that is wider than its operand.
+        lambda x, u: (x[0, 0, 0].float() + c) * 2 - x,
+        lambda x, u: torch.nn.functional.scaled_dot_product_attention(x, u * x, x + u),
+        lambda x, u: torch.nn.functional.scaled_dot_product_attention(x, c.expand(2, 2, 3, 5), x * u),
+    ]
+    g = torch.Generator().manual_seed(0)
+    x, u, dx, du = (torch.randn(2, 2, 3, 5, generator=g, dtype=torch.float64) for _ in range(4))
+    for case, f in enumerate(cases):
+        value, slope = directional(f, (x, u), (dx, du))
+        # The fused kernels of attention have no such derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            want = torch.func.jvp(f, (x, u), (dx, du))
+        assert float((value - want[0]).abs().max()) < 1e-10, case
+        assert float((slope - want[1]).abs().max()) < 1e-10 and slope.dtype == value.dtype, case
 
 
 BAD: list[tuple[Callable[[], object], str]] = [

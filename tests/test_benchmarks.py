@@ -171,7 +171,15 @@ def test_every_claim_and_task_can_be_made(programs: dict[str, ModuleType]) -> No
     for key, claim in programs["methods"].CLAIMS.items():
         made = [side.made(teacher) for side in (claim.true, claim.false)]
         assert made[0] != made[1] and type(made[0]) is METHODS[claim.true.method], key
-    assert set(programs["tasks"].TASKS) == {"digits", "stacked-digits", "cifar8", "cifar32", "ring", "sr-digits"}
+    assert set(programs["tasks"].TASKS) == {
+        "digits",
+        "stacked-digits",
+        "cifar8",
+        "cifar32",
+        "ring",
+        "grid25",
+        "sr-digits",
+    }
 
 
 def test_scores_of_the_ring_know_its_law_from_others(programs: dict[str, ModuleType]) -> None:

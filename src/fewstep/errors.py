@@ -17,6 +17,13 @@ class NonFiniteError(RuntimeError):
     """Training produced too many non-finite losses in a row; the message names role, step and loss."""
 
 
+class CollapseError(RuntimeError):
+    """The samples of a run lost their variety, or stopped being pictures; the message says what, where and the fix.
+
+    The command line prints the message and exits with 3. What the run had saved before is still there.
+    """
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a table, with the nearest names first."""
     names = sorted(known)

@@ -19,7 +19,7 @@ import tyro
 from fewstep import __version__
 from fewstep.cli.base import from_json
 from fewstep.core.state import read_json
-from fewstep.errors import InputError, NonFiniteError, unknown
+from fewstep.errors import CollapseError, InputError, NonFiniteError, unknown
 
 COMMANDS = (
     "demo",
@@ -35,6 +35,7 @@ COMMANDS = (
     "export",
     "export-sampler",
     "show",
+    "serve",
     "methods",
 )
 
@@ -60,6 +61,7 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep export GENERATOR         a folder that diffusers opens without fewstep, proved
   fewstep export-sampler SAMPLER   its levels as a list, for ComfyUI, diffusers and others
   fewstep show PATH                look at a tableau, a generator or a run; --geometry: its trajectories
+  fewstep serve GENERATOR ...      compare generators on a local page, at the same seeds
   fewstep methods [METHOD]         what can be distilled, with defaults and sources
 
   fewstep COMMAND --help           flags, defaults and units
@@ -68,13 +70,13 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; exits with 0, with 2 after bad input, or with 1 when training diverged."""
+    """Runs one command; exits with 0, 2 after bad input, 1 when training diverged, or 3 when its samples collapsed."""
     try:
         with _quiet():
             run(list(sys.argv[1:] if argv is None else argv))
-    except (InputError, NonFiniteError) as error:
+    except (InputError, NonFiniteError, CollapseError) as error:
         sys.stderr.write(f"fewstep: {' '.join(str(error).split())}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(2 if isinstance(error, InputError) else 3 if isinstance(error, CollapseError) else 1)
     except BrokenPipeError:
         os._exit(0)
     except OSError as error:

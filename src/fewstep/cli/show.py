@@ -34,6 +34,8 @@ class Show:
         path: a tableau's .json, a run folder, or a generator: a folder of fewstep or diffusers, a Hub id, a checkpoint.
         out: writes the tableau's picture here (.png, .svg or .pdf); with --geometry the page (.html, geometry.html
             without it).
+        health: writes a page of a run's curves: losses, variety of the samples, the fake score and its floor, logits;
+            its place is --out (.html), or health.html without it.
         geometry: measures a generator's trajectories (shape, errors of each step, stability) and writes a page.
         samples: trajectories that --geometry follows, at least 8.
         seed: of these; they are the pictures that `fewstep sample` makes with it.
@@ -44,6 +46,7 @@ class Show:
 
     path: Annotated[Path, tyro.conf.Positional]
     out: Path | None = None
+    health: bool = False
     geometry: bool = False
     samples: int = 64
     seed: int = 0
@@ -53,6 +56,9 @@ class Show:
 
     def run(self) -> None:
         """Runs the command."""
+        if self.health:
+            self._health()
+            return
         if self.geometry:
             self._geometry()
             return
@@ -116,6 +122,7 @@ class Show:
         if isinstance(made.sampler, Tableau):
             self._tableau(console, made.sampler)
         console.print_json(json.dumps(made.card))
+        self._variety(console)
 
     def _geometry(self) -> None:
         from fewstep.report.geometry import LEAST, measure_geometry
@@ -166,3 +173,52 @@ class Show:
         entries = Run(self.path).read_log()
         if entries:
             console.print_json(json.dumps(entries[-1]))
+        self._variety(console)
+
+    def _variety(self, console: Console) -> None:
+        """The looks at the samples of a run, the last ten of them; nothing where nobody looked."""
+        from fewstep.train.health import SPREADS, history, measures_in
+
+        entries = [e for e in history(Run(self.path)) if measures_in(e) is not None] if self.path.is_dir() else []
+        if not entries:
+            return
+        shown = Table("step", *SPREADS, "", title="variety of the samples, in units of the reference's")
+        for entry in (entries[0], *entries[1:][-10:]):
+            values = [entry.get(f"health/{key}") for key in SPREADS]
+            cells = ["" if v is None else f"{v:.3g}" for v in values]
+            shown.add_row(str(entry["step"]), *cells, str(entry.get("collapsed", "")))
+        console.print(shown)
+
+    def _health(self) -> None:
+        from fewstep.report.page import write_page
+        from fewstep.report.results import Results
+        from fewstep.train.health import FILE, history, measures_in
+
+        run, out = Run(self.path), self.out or Path("health.html")
+        if self.geometry or not (self.path / RECIPE).is_file():
+            raise InputError(f"--health needs the folder of a run and no --geometry: {self.path} has no {RECIPE}")
+        if out.suffix != ".html":
+            raise InputError(f"--out must end in .html with --health, got {out}")
+        entries = history(run)
+        if len(entries) < 2:
+            raise InputError(f"{self.path} has logged fewer than two reports: train on, or log more often")
+        recipe = read_json(self.path / RECIPE)
+        facts = read_json(self.path / FILE) if (self.path / FILE).is_file() else {}
+        said = [f"Step {e['step']}: collapsed, {e['collapsed']}." for e in entries if "collapsed" in e]
+        said += [
+            f"Rolled back from step {r['collapsed']} to {r['to']}: {r['why']}; learning rates times {r['rates']:g}."
+            for r in facts.get("rollbacks", [])
+        ]
+        looked = any(measures_in(e) is not None for e in entries)
+        said = said or ["No look at the samples found a collapse." if looked else "Nobody looked at the samples."]
+        page = Results(
+            f"Training health of {self.path.name or self.path}", said, str(facts.get("reference", "none")), []
+        )
+        page.curves = {str(recipe.get("method", "run")): entries}
+        page.facts = {
+            "Run": str(self.path),
+            "Reference": str(facts.get("reference", "none")),
+            "Steps": str(entries[-1]["step"]),
+        }
+        write_page(page, out)
+        Console(stderr=True).print(f"{out}: {len(entries)} reports", highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from fewstep.core import distributed
 from fewstep.data import load_data
 from fewstep.errors import InputError
 from fewstep.train import EDMTraining, FlowMatching, train, untrained
+from fewstep.train.rollback import OnCollapse
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class RunFlags:
         keep: checkpoints kept.
         grid_every: steps between pictures of samples; 0 makes one at the end.
         patience: non-finite updates in a row before training stops.
+        on_collapse: when samples become alike, lose modes or blow up: stop with exit code 3, rollback to the last good
+            checkpoint with learning rates halved (at most three times), or ignore.
+        check_every: steps between looks at the samples; chosen so that they cost at most 2 % without one; 0 never.
         checkpointing: recomputes blocks in the backward pass instead of keeping activations; slower, the same result.
         offload: keeps frozen networks in host memory; for accelerators.
         resume: goes on from the newest checkpoint in out, to the same result.
@@ -52,6 +56,8 @@ class RunFlags:
     keep: int = 2
     grid_every: int = 500
     patience: int = 10
+    on_collapse: OnCollapse = "stop"
+    check_every: int | None = None
     checkpointing: bool = False
     offload: bool = False
     resume: bool = False
@@ -117,8 +123,8 @@ def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, l
 
 
 def clean(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A training recipe without what may differ between two runs of it: where it went, and how it saved memory."""
-    apart = ("out", "resume", "overwrite", "checkpointing", "offload")
+    """A training recipe without what may differ between two runs of it: places, memory, what is done on collapse."""
+    apart = ("out", "resume", "overwrite", "checkpointing", "offload", "on_collapse", "check_every")
     inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in apart}
     arguments = {k: v for k, v in recipe["arguments"].items() if k != "dry_run"}
     return {**recipe, "arguments": {**arguments, "run_flags": inner}}

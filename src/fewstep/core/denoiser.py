@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.core.cond import Cond
 from fewstep.core.network import build_network, describe_network
-from fewstep.core.path import EDM, TRIG, Path, Predicts, as64, path_config, path_from_config, widen, x0_weights
+from fewstep.core.path import EDM, TRIG, Path, Predicts, as64, path_config, path_from_config, weights_from, widen
 from fewstep.errors import InputError, unknown
 
 TimeMap = Literal[
@@ -102,7 +102,7 @@ class Precond(nn.Module):
             raise InputError(f"a denoiser needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}")
         if time not in TIME_MAPS:
             raise unknown("time map", time, TIME_MAPS)
-        x0_weights(path, predicts, path.at(sigma_min))
+        weights_from(path.coeffs(path.at(sigma_min)), predicts)
         self.net = net
         self.shape = tuple(shape)
         self.path, self.predicts, self.time = path, predicts, time
@@ -131,8 +131,9 @@ class Precond(nn.Module):
 
     def weights(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of ``x`` and of the network's output in the estimate, float64, shaped like ``sigma``."""
-        c, k = x0_weights(self.path, self.predicts, u)
-        return c * self.path.coeffs(u).a, k * self.scale_out
+        coeffs = self.path.coeffs(u)
+        c, k = weights_from(coeffs, self.predicts)
+        return c * coeffs.a, k * self.scale_out
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: what :func:`build_precond` makes this denoiser from, with fresh weights."""

@@ -17,7 +17,7 @@ from fewstep.core import distributed
 from fewstep.core.cond import Batch
 from fewstep.core.noise import Noise
 from fewstep.core.options import FitOptions, Report
-from fewstep.core.role import Method, Models, Role, Update
+from fewstep.core.role import Method, Models, Role, Update, added, named
 from fewstep.core.state import Run, load_parameter_state, load_weights, parameter_state
 from fewstep.errors import InputError, NonFiniteError
 
@@ -184,17 +184,26 @@ class _Loop:
             self.open(name, True)
         total: Tensor | float = 0.0
         for u in updates:
-            with self.autocast():
-                made = u.loss()
-            losses = {"loss": made} if isinstance(made, Tensor) else made
-            (losses["loss"] / len(updates)).backward()
-            total = total + losses["loss"].detach() / len(updates)
+            losses = self.gradients(u, len(updates))
+            total = total + losses["loss"] / len(updates)
             for key, value in losses.items():
-                self.sums.setdefault(f"{'+'.join(names)}/{key}", []).append(value.detach().float())
+                self.sums.setdefault(f"{'+'.join(names)}/{key}", []).append(value.float())
         assert isinstance(total, Tensor)
         for name in names:
             self.apply(name, i, progress, total)
             self.open(name, False)
+
+    def gradients(self, update: Update, count: int) -> dict[str, Tensor]:
+        """Adds the gradients of one of ``count`` micro-batches up, part by part; its losses, without a graph."""
+        found: list[dict[str, Tensor]] = []
+        for part in update.parts or (update.loss,):
+            with self.autocast():
+                losses = named(part())
+            (losses["loss"] / count).backward()
+            found.append({key: value.detach() for key, value in losses.items()})
+            # The next part's graph must not stand beside what is left of this one.
+            del losses
+        return added(found)
 
     def open(self, name: str, trained: bool) -> None:
         """Puts a role in train mode with gradients, or in eval mode without."""

@@ -27,14 +27,24 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_GAMMA, _M1, _M2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_BITS = (1 << 64) - 1
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GAMMA, _M1, _M2 = (_signed(c) for c in _CONSTANTS)
 
 
 def _mix(z: Tensor) -> Tensor:
     """splitmix64's finaliser; int64 products wrap, and the masks make the shifts logical."""
-    z = ((z >> 30) & ((1 << 34) - 1)).bitwise_xor_(z).mul_(_M1)
-    z = ((z >> 27) & ((1 << 37) - 1)).bitwise_xor_(z).mul_(_M2)
-    return ((z >> 31) & ((1 << 33) - 1)).bitwise_xor_(z)
+    z = (z >> 30).bitwise_and_((1 << 34) - 1).bitwise_xor_(z).mul_(_M1)
+    z = (z >> 27).bitwise_and_((1 << 37) - 1).bitwise_xor_(z).mul_(_M2)
+    return (z >> 31).bitwise_and_((1 << 33) - 1).bitwise_xor_(z)
+
+
+def _mixed(z: int) -> int:
+    """:func:`_mix` of one number, unsigned."""
+    z &= _BITS
+    z = (z ^ z >> 30) * _CONSTANTS[1] & _BITS
+    z = (z ^ z >> 27) * _CONSTANTS[2] & _BITS
+    return z ^ z >> 31
 
 
 def _word(part: int | str) -> int:
@@ -99,7 +109,7 @@ class Noise:
         index = index.to(device, torch.int64)
         seeds = seeds_of(seed)
         if isinstance(seeds, int):
-            return cls(_mix(_mix(torch.full_like(index, _word(seeds))) + index * _GAMMA))
+            return cls(_mix((index * _GAMMA).add_(_signed(_mixed(_word(seeds))))))
         own = torch.tensor([_word(s) for s in seeds], dtype=torch.int64, device=device)
         return cls(_mix(_mix(own)[index]))
 
@@ -114,12 +124,13 @@ class Noise:
         """New sources, a function of these and ``key``: for passing a named part of the randomness on."""
         seeds = self.seeds
         for part in key:
-            seeds = _mix(seeds + _mix(torch.full_like(seeds, _word(part))) * _GAMMA)
+            # A part of a key is the same for all samples: it is mixed as a number, not as a tensor.
+            seeds = _mix(seeds + _signed(_mixed(_word(part)) * _CONSTANTS[0]))
         return Noise(seeds)
 
     def bits(self, count: int, *key: int | str) -> Tensor:
         """(B, count) uniformly distributed int64."""
-        counter = torch.arange(1, count + 1, device=self.seeds.device) * _GAMMA
+        counter = torch.arange(1, count + 1, device=self.seeds.device) * _GAMMA if count != 1 else _GAMMA
         return _mix(self.fold(*key).seeds[:, None] + counter)
 
     def uniform(self, shape: Sequence[int], *key: int | str, dtype: torch.dtype = torch.float32) -> Tensor:

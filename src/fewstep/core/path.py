@@ -119,7 +119,8 @@ class TrigPath(Path):
     def coeffs(self, u: Time) -> Coeffs:
         """See :meth:`Path.coeffs`."""
         u = as64(u)
-        return Coeffs(u.cos(), self.scale * u.sin(), -u.sin(), self.scale * u.cos())
+        cos, sin = u.cos(), u.sin()
+        return Coeffs(cos, self.scale * sin, -sin, self.scale * cos)
 
     def at(self, sigma: Time) -> Tensor:
         """See :meth:`Path.at`."""
@@ -140,7 +141,8 @@ class CosinePath(Path):
     def coeffs(self, u: Time) -> Coeffs:
         """See :meth:`Path.coeffs`."""
         angle, rate = self._angle(as64(u))
-        return Coeffs(angle.cos(), angle.sin(), -rate * angle.sin(), rate * angle.cos())
+        cos, sin = angle.cos(), angle.sin()
+        return Coeffs(cos, sin, -rate * sin, rate * cos)
 
     def at(self, sigma: Time) -> Tensor:
         """See :meth:`Path.at`."""
@@ -230,15 +232,26 @@ def x0_weights(path: Path, predicts: Predicts, u: Time) -> tuple[Tensor, Tensor]
     Raises:
         InputError: ``predicts`` is not x0, noise, velocity (``da x0 + db n``) or v (``a n - b x0``).
     """
-    a, b, da, db = path.coeffs(u)
+    return weights_from(path.coeffs(u), predicts)
+
+
+def weights_from(coeffs: Coeffs, predicts: Predicts) -> tuple[Tensor, Tensor]:
+    """:func:`x0_weights` at a time whose coefficients are known.
+
+    Raises:
+        InputError: see :func:`x0_weights`.
+    """
+    a, b, da, db = coeffs
     if predicts == "x0":
         return torch.zeros_like(a), torch.ones_like(a)
     if predicts == "noise":
         return 1 / a, -b / a
     if predicts == "velocity":
-        return db / (a * db - b * da), -b / (a * db - b * da)
+        bottom = a * db - b * da
+        return db / bottom, -b / bottom
     if predicts == "v":
-        return a / (a * a + b * b), -b / (a * a + b * b)
+        bottom = a * a + b * b
+        return a / bottom, -b / bottom
     raise unknown("prediction type", predicts, ("x0", "noise", "velocity", "v"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -120,15 +122,59 @@ class Role:
 
 
 class Update(NamedTuple):
-    """One optimizer step of ``role``: ``loss()`` is called with that role alone open for gradients."""
+    """One optimizer step of ``role``: ``loss()`` is called with that role alone open for gradients.
+
+    Attributes:
+        role: the roles that step.
+        loss: the objective, all of it with one graph.
+        parts: the same in pieces, whose losses and gradients add up to those of ``loss``. Where there are any they run
+            in its place, each with its backward pass before the next is called, so that one graph is held at a time.
+    """
 
     role: str | tuple[str, ...]
     loss: Callable[[], Losses]
+    parts: tuple[Callable[[], Losses], ...] = ()
+
+    @classmethod
+    def of(cls, role: str | tuple[str, ...], *parts: Callable[[], Losses]) -> Update:
+        """The update whose objective is the sum of ``parts``, each as in :class:`Update`; they run in their order."""
+        return cls(role, lambda: added([part() for part in parts]), parts)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that step."""
         return (self.role,) if isinstance(self.role, str) else self.role
+
+
+def named(losses: Losses) -> dict[str, Tensor]:
+    """Losses by their name; a lone tensor is the ``loss``."""
+    return {"loss": losses} if isinstance(losses, Tensor) else dict(losses)
+
+
+def added(parts: Iterable[Losses]) -> dict[str, Tensor]:
+    """The sums of what has the same name in several parts."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in named(part).items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def portions(
+    loss: Callable[[slice], Mapping[str, Tensor]], size: int, count: int
+) -> tuple[Callable[[], dict[str, Tensor]], ...]:
+    """A loss over ``size`` samples as at most ``count`` parts, for :class:`Update`.
+
+    ``loss(samples)`` is made of means over those samples; each is weighted by the part's share of all. The parts are
+    as even as can be, and none is empty.
+    """
+    count = min(size, count)
+    edges = [-(-size * k // count) for k in range(count + 1)]
+
+    def weighted(a: int, b: int) -> dict[str, Tensor]:
+        return {name: (b - a) / size * value for name, value in loss(slice(a, b)).items()}
+
+    return tuple(partial(weighted, a, b) for a, b in itertools.pairwise(edges))
 
 
 class Models:

@@ -7,6 +7,7 @@ from fewstep.distill.consistency import CD
 from fewstep.distill.consistency_training import CT, ECT
 from fewstep.distill.ctm import CTM
 from fewstep.distill.disback import DisBack
+from fewstep.distill.dmd import DMD
 from fewstep.distill.dmd2 import DMD2
 from fewstep.distill.emd import EMD
 from fewstep.distill.f_distill import FDistill
@@ -31,6 +32,7 @@ from fewstep.distill.sida import SiDA
 from fewstep.distill.slimflow import SlimFlow
 from fewstep.distill.snoopi import SNOOPI
 from fewstep.distill.swiftbrush import SwiftBrush
+from fewstep.distill.tad_sr import TADSR
 from fewstep.distill.tdd import TDD
 from fewstep.distill.vsd import VSD
 
@@ -39,6 +41,7 @@ __all__ = [
     "CD",
     "CT",
     "CTM",
+    "DMD",
     "DMD2",
     "ECT",
     "EMD",
@@ -49,6 +52,7 @@ __all__ = [
     "SDXS",
     "SFD",
     "SNOOPI",
+    "TADSR",
     "TDD",
     "VSD",
     "AdversarialCD",

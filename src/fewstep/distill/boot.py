@@ -149,17 +149,18 @@ class BOOT:
             edge = teacher(start, top, cond) if self.boundary else None
         weight = (1 - t / s) ** -2 if self.weight == "slope" else torch.ones_like(s)
 
-        def loss() -> dict[str, Tensor]:
+        def bootstrapping() -> dict[str, Tensor]:
             error = (signal(m.student, start, top, t, cond) - aim).square()
-            total = found = (widen(weight, error) * error).mean()
-            losses = {"bootstrap": found}
-            if edge is not None:
-                at_top = torch.full((len(start),), top, dtype=torch.float64, device=start.device)
-                losses["boundary"] = (signal(m.student, start, top, at_top, cond) - edge).square().mean()
-                total = total + self.boundary * losses["boundary"]
-            return {"loss": total, **losses}
+            loss = (widen(weight, error) * error).mean()
+            return {"loss": loss, "bootstrap": loss}
 
-        yield Update("student", loss)
+        def at_the_edge() -> dict[str, Tensor]:
+            at_top = torch.full((len(start),), top, dtype=torch.float64, device=start.device)
+            assert edge is not None
+            loss = (signal(m.student, start, top, at_top, cond) - edge).square().mean()
+            return {"loss": self.boundary * loss, "boundary": loss}
+
+        yield Update.of("student", bootstrapping, *(() if edge is None else (at_the_edge,)))
 
     def drawn(self, D: Denoiser, noise: Noise, progress: float) -> tuple[Tensor, Tensor]:
         """``(s, s')``, both (B,) float64: a level and the one ``1 / intervals`` of the grid below it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from fewstep.distill.consistency import Consistency, Target, falling_levels
 from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import LogNormal
 from fewstep.loss.dsm import dsm
+from fewstep.loss.matching import carried, without_graph
 from fewstep.loss.perceptual import distance_in, distance_roles
 from fewstep.models.discriminator import Discriminator, discriminator_config, discriminator_loss, generator_loss
 from fewstep.models.flow_map import UNTIL, Told, flow_map, jump, landing
@@ -146,7 +147,7 @@ class CTM(Consistency):
                 parts["gan"] = generator_loss(m.teacher, m.heads, seen, sigma, cond)
             return self.balanced(m.student, parts)
 
-        yield Update("student", loss)
+        yield Update("student", loss, self.in_turn(m, (x0, x_t, t, s, target), cond, noise, fakes))
         if self.judging(m):
 
             def duel() -> Losses:
@@ -154,6 +155,49 @@ class CTM(Consistency):
                 return discriminator_loss(m.teacher, m.heads, real, fake, sigma, cond)
 
             yield Update("heads", duel)
+
+    def in_turn(
+        self, m: Models, points: tuple[Tensor, ...], cond: Cond, noise: Noise, fakes: list[Tensor]
+    ) -> tuple[Callable[[], dict[str, Tensor]], ...]:
+        """The student's loss in two parts, the jumps and the denoising, which hold one network's graph at a time.
+
+        The terms on the last landing are followed back to the student's own, and only then is the student's pass made
+        with a graph. This costs a forward pass, and spares each adaptive weight a backward pass through the average.
+        """
+        x0, x_t, t, s, target = points
+        floor = torch.full_like(s, self.ends(m.student)[0])
+        tops: list[Tensor] = []
+
+        def generate() -> Tensor:
+            return jump(m.student, x_t, t, s, cond)
+
+        def jumping() -> dict[str, Tensor]:
+            near = without_graph(generate, x_t.device).requires_grad_()
+            made = jump(m.target("student"), near, s, floor, cond)
+            leaf = made.detach().requires_grad_()
+            found = {"ctm": distance_in(m, self.distance)(leaf, target).mean()}
+            slopes = {"ctm": torch.autograd.grad(found["ctm"], leaf)[0]}
+            if self.judging(m):
+                fakes.append(made.detach())
+                seen, sigma = self.noised(m, leaf, noise.fold("made"))
+                found["gan"] = generator_loss(m.teacher, m.heads, seen, sigma, cond)
+                slopes["gan"] = torch.autograd.grad(found["gan"], leaf)[0]
+            values = {name: term.detach() for name, term in found.items()}
+            back = {k: torch.autograd.grad(made, near, g, retain_graph=len(slopes) > 1)[0] for k, g in slopes.items()}
+            # The average's graph must not stand beside the student's.
+            del made, found
+            again = generate()
+            terms = {name: carried(again, back[name], values[name]) for name in values}
+            if self.adaptive and self.dsm:
+                tops.append(slope(terms["ctm"], last_weight(m.student)))
+            return self.balanced(m.student, terms)
+
+        def denoising() -> dict[str, Tensor]:
+            term = self.denoising(m.student, x0, cond, noise)
+            ratio = balance(tops.pop(), slope(term, last_weight(m.student))) if self.adaptive else 1.0
+            return {"loss": self.dsm * ratio * term, "dsm": term}
+
+        return (jumping, denoising) if self.dsm else (jumping,)
 
     @torch.no_grad()
     def targets(self, m: Models, x0: Tensor, cond: Cond, i: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,14 +243,10 @@ class CTM(Consistency):
     def balanced(self, student: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum of the terms as ``loss``, beside each of them (eq. 13 and 14)."""
         total, last = parts["ctm"], last_weight(student)
-
-        def slope(term: Tensor) -> Tensor:
-            return torch.autograd.grad(term, last, retain_graph=True)[0].float().norm()
-
-        top = slope(parts["ctm"]) if self.adaptive and len(parts) > 1 else None
+        top = slope(parts["ctm"], last) if self.adaptive and len(parts) > 1 else None
         for name, weight in (("dsm", self.dsm), ("gan", self.gan)):
             if name in parts:
-                ratio = 1.0 if top is None else (top / (slope(parts[name]) + SMALL)).clamp(0, MOST)
+                ratio = 1.0 if top is None else balance(top, slope(parts[name], last))
                 total = total + weight * ratio * parts[name]
         return {"loss": total, **parts}
 
@@ -223,6 +263,16 @@ class CTM(Consistency):
         low, top = self.ends(D)
         usual = falling_levels(self.steps, low, top, self.rho)[1:-1].tolist()
         return gamma_sampling([top, *(self.middle or usual), 0.0], self.gamma)
+
+
+def slope(term: Tensor, last: Tensor) -> Tensor:
+    """The norm of a term's gradient at the last layer; the term keeps its graph."""
+    return torch.autograd.grad(term, last, retain_graph=True)[0].float().norm()
+
+
+def balance(top: Tensor, own: Tensor) -> Tensor:
+    """What a term is multiplied by so that its slope ``own`` becomes ``top`` (eq. 14)."""
+    return (top / (own + SMALL)).clamp(0, MOST)
 
 
 def gamma_sampling(levels: list[float], gamma: float) -> Tableau:

@@ -59,6 +59,8 @@ class DisBack(DMD2):
         features: what the discriminator reads: fake, because the teacher changes under way.
         taps: names of the activations; without any the bottleneck, or a transformer's middle block.
         hidden: width of the discriminator's head.
+        lean: makes the student's samples twice, so that its graph and that of the GAN term are never held together: the
+            same gradients with less memory, for one forward pass of the student more in each of its updates.
     """
 
     any_steps: ClassVar[bool] = False

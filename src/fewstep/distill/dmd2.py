@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.core.cond import Batch, Cond
 from fewstep.core.generator import Generator
@@ -17,7 +19,7 @@ from fewstep.distill.vsd import VSD
 from fewstep.errors import InputError, unknown
 from fewstep.loss.draw import KarrasUniform, edm_weight
 from fewstep.loss.gan import ADVERSARIAL
-from fewstep.loss.matching import directed, direction
+from fewstep.loss.matching import directed, direction, in_two_passes
 from fewstep.models.discriminator import Discriminator, discriminator_config, read
 
 
@@ -46,6 +48,8 @@ class DMD2(VSD):
         features: what the discriminator reads: fake, whose features it trains too (the paper's), or teacher.
         taps: names of the activations; without any the bottleneck, or a transformer's middle block.
         hidden: width of the discriminator's head.
+        lean: makes the student's samples twice, so that its graph and that of the GAN term are never held together: the
+            same gradients with less memory, for one forward pass of the student more in each of its updates.
     """
 
     any_steps: ClassVar[bool] = False
@@ -60,6 +64,7 @@ class DMD2(VSD):
     features: Literal["fake", "teacher"] = "fake"
     taps: tuple[str, ...] = ()
     hidden: int = 128
+    lean: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +92,22 @@ class DMD2(VSD):
             size = discriminator_config(teacher, self.taps, self.hidden)
             found["heads"] = Role(lambda: Discriminator(size), self.fake)
         return found
+
+    def student_update(
+        self, m: Models, generate: Callable[[], Tensor], made: list[Tensor], batch: Batch, noise: Noise
+    ) -> Update:
+        """See :meth:`VSD.student_update`; ``lean`` says how it runs."""
+        whole = super().student_update(m, generate, made, batch, noise)
+        if not (self.lean and self.gan):
+            return whole
+
+        def loss() -> dict[str, Tensor]:
+            device = noise.seeds.device
+            losses, x = in_two_passes(generate, lambda x: self.student_losses(m, x, batch, noise), device)
+            made.append(x)
+            return losses
+
+        return whole._replace(parts=(loss,))
 
     def student_losses(self, m: Models, x: Tensor, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Eq. 1 and the generator's side of eq. 4."""
@@ -128,24 +149,29 @@ class DMD2(VSD):
         y = x + widen(sigma, x) * noise.normal(x.shape[1:], "n")
         data = real + widen(level, real) * noise.normal(x.shape[1:], "real n")
 
-        def loss() -> dict[str, Tensor]:
+        # The discriminator's loss is a sum over samples and data, and each part has a graph of its own.
+        def on_samples() -> dict[str, Tensor]:
             if self.features == "fake":
-                estimate, fake_features = m.fake.features(y, sigma, cond, taps)
-                real_features = read(m.fake, m.heads, data, level, cond)
+                estimate, found = m.fake.features(y, sigma, cond, taps)
             else:
                 estimate = m.fake(y, sigma, cond)
                 with torch.no_grad():
-                    fake_features = read(m.teacher, m.heads, y, sigma, cond)
-                    real_features = read(m.teacher, m.heads, data, level, cond)
+                    found = read(m.teacher, m.heads, y, sigma, cond)
             denoising = (widen(weight, x) * (estimate - x).square()).mean()
-            on_real, on_fake = m.heads(real_features), m.heads(fake_features)
-            judging = ADVERSARIAL["non-saturating"].discriminator(on_real, on_fake)
+            logits = m.heads(found)
+            judging = F.softplus(logits).mean()
             return {
                 "loss": denoising + self.critic * judging,
                 "denoising": denoising,
                 "discriminator": judging,
-                "logit_real": on_real.mean(),
-                "logit_fake": on_fake.mean(),
+                "logit_fake": logits.mean(),
             }
 
-        return Update(("fake", "heads"), loss)
+        def on_data() -> dict[str, Tensor]:
+            with torch.set_grad_enabled(self.features == "fake"):
+                found = read(self.reader(m), m.heads, data, level, cond)
+            logits = m.heads(found)
+            judging = F.softplus(-logits).mean()
+            return {"loss": self.critic * judging, "discriminator": judging, "logit_real": logits.mean()}
+
+        return Update.of(("fake", "heads"), on_samples, on_data)

@@ -18,6 +18,7 @@ from fewstep.distill.consistency import CD
 from fewstep.distill.consistency_training import CT, ECT
 from fewstep.distill.ctm import CTM
 from fewstep.distill.disback import DisBack
+from fewstep.distill.dmd import DMD
 from fewstep.distill.dmd2 import DMD2
 from fewstep.distill.emd import EMD
 from fewstep.distill.f_distill import FDistill
@@ -40,6 +41,7 @@ from fewstep.distill.sida import SiDA
 from fewstep.distill.slimflow import SlimFlow
 from fewstep.distill.snoopi import SNOOPI
 from fewstep.distill.swiftbrush import SwiftBrush
+from fewstep.distill.tad_sr import TADSR
 from fewstep.distill.tdd import TDD
 from fewstep.distill.vsd import VSD
 from fewstep.errors import InputError
@@ -72,6 +74,7 @@ METHODS: dict[str, type[Any]] = {
     "swiftbrush": SwiftBrush,
     "snoopi": SNOOPI,
     "sdxs": SDXS,
+    "dmd": DMD,
     "dmd2": DMD2,
     "f-distill": FDistill,
     "disback": DisBack,
@@ -80,6 +83,7 @@ METHODS: dict[str, type[Any]] = {
     "sid": SiD,
     "sida": SiDA,
     "score-forgetting": ScoreForgetting,
+    "tad-sr": TADSR,
 }
 
 

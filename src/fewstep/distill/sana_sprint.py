@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,10 +15,10 @@ from fewstep.core.cond import Batch
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
-from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
+from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update, named
 from fewstep.distill.scm import SCM
 from fewstep.errors import InputError, unknown
-from fewstep.loss.gan import ADVERSARIAL
+from fewstep.loss.gan import ADVERSARIAL, through_samples
 from fewstep.models.discriminator import Discriminator, discriminator_config, discriminator_loss, generator_loss
 from fewstep.models.frozen import frozen
 from fewstep.solve.step import pictures
@@ -55,6 +56,8 @@ class SanaSprint(SCM):
         top: share of the pictures that are judged, which are made from the highest level; 0 draws all levels alike.
         taps: features of the teacher that the heads read; none are those that suit its kind of network.
         hidden: width of each head.
+        lean: makes the judged x0 twice, so that its graph and that of the adversarial loss are never held together: the
+            same gradients with less memory, for one forward pass of the student more.
         heads: how the heads are trained.
         judge_mean: of ln sigma at which pictures are judged.
         judge_std: of ln sigma at which pictures are judged.
@@ -72,6 +75,7 @@ class SanaSprint(SCM):
     top: float = 0.5
     taps: tuple[str, ...] = ()
     hidden: int = 128
+    lean: bool = True
     heads: Optim = Optim(lr=1e-4, betas=(0.0, 0.99))
     judge_mean: float = -0.6
     judge_std: float = 1.0
@@ -117,32 +121,39 @@ class SanaSprint(SCM):
         found = self.point(m, batch, noise) if self.consistency else None
         fakes: list[Tensor] = []
 
-        def student() -> Losses:
-            parts: dict[str, Tensor] = {}
-            if found is not None:
-                made = self.loss(m, *found, batch.cond)
-                parts["consistency"] = self.consistency * (made if isinstance(made, Tensor) else made["loss"])
-            if self.adversarial:
-                fake = self.guess(m, batch, noise.fold("guess"))
-                fakes.append(fake.detach())
-                seen, sigma = self.noised(m, fake, noise.fold("student"))
-                fooled = generator_loss(m.teacher, m.heads, seen, sigma, batch.cond, game=self.game)
-                parts["adversarial"] = self.adversarial * fooled
-            return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+        def consistent() -> Losses:
+            assert found is not None
+            made = self.consistency * named(self.loss(m, *found, batch.cond))["loss"]
+            return {"loss": made, "consistency": made}
 
-        with_variance = bool(self.consistency) and self.adaptive
-        yield Update(("student", "variance") if with_variance else "student", student)
+        def fooling(lean: bool) -> Losses:
+            x, at = self.asked(m, batch, noise.fold("guess"))
+
+            def fooled(fake: Tensor) -> dict[str, Tensor]:
+                seen, sigma = self.noised(m, fake, noise.fold("student"))
+                made = generator_loss(m.teacher, m.heads, seen, sigma, batch.cond, game=self.game)
+                return {"loss": self.adversarial * made}
+
+            made, fake = through_samples(lambda: m.student(x, at, batch.cond), fooled, x, lean=lean)
+            fakes.append(fake)
+            return {**made, "adversarial": made["loss"]}
+
+        def terms(lean: bool) -> tuple[Callable[[], Losses], ...]:
+            first: tuple[Callable[[], Losses], ...] = (consistent,) if self.consistency else ()
+            return (*first, partial(fooling, lean)) if self.adversarial else first
+
+        trained = ("student", "variance") if self.consistency and self.adaptive else "student"
+        yield Update.of(trained, *terms(lean=False))._replace(parts=terms(lean=self.lean))
         if self.adversarial:
             yield Update("heads", lambda: self.verdict(m, batch, fakes[0], noise.fold("heads")))
 
-    def guess(self, m: Models, batch: Batch, noise: Noise) -> Tensor:
-        """The student's x0 (B, ...) from a noised picture, a share ``top`` of them from the highest level."""
+    def asked(self, m: Models, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Noised pictures (B, ...) whose x0 is judged and their levels (B,), a share ``top`` of them the highest."""
         x0 = pictures("SanaSprint", batch, m.student.shape)
         low, top = self.ends(m.student)
         sigma = self.levels(noise, low, top)
         sigma = torch.where(noise.uniform((), "top") < self.top, torch.full_like(sigma, top), sigma)
-        out: Tensor = m.student(x0 + widen(sigma, x0) * noise.normal(x0.shape[1:], "n"), sigma, batch.cond)
-        return out
+        return x0 + widen(sigma, x0) * noise.normal(x0.shape[1:], "n"), sigma
 
     def noised(self, m: Models, x: Tensor, noise: Noise, own: str = "n") -> tuple[Tensor, Tensor]:
         """Pictures ``x`` (B, ...), noised to a level of the judges' own draw by the noise ``own``, and the levels."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -16,10 +17,10 @@ from fewstep.core.denoiser import Denoiser, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.noise import Noise
 from fewstep.core.path import widen
-from fewstep.core.role import Ema, Models, Optim, Role, Update
+from fewstep.core.role import Ema, Losses, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.errors import InputError, unknown
-from fewstep.loss.gan import Game
+from fewstep.loss.gan import Game, through_samples
 from fewstep.loss.huber import pixel_huber
 from fewstep.models.discriminator import (
     Discriminator,
@@ -61,6 +62,8 @@ class SCFlow:
         judged_at: flow times at which the discriminator sees pictures, drawn alike; 0 is the clean picture.
         taps: the features of the teacher that it reads; without any the bottleneck, or a transformer's middle block.
         hidden: width of its heads.
+        lean: makes the one-step sample twice, so that its graph and that of the adversarial term are never held
+            together: the same gradients with less memory, for one forward pass of the student more.
         optim: of the student.
         critic: optimizer of the discriminator.
         target: the average that the neighbours' targets are made with.
@@ -88,6 +91,7 @@ class SCFlow:
     judged_at: tuple[float, ...] = (0.0,)
     taps: tuple[str, ...] = ()
     hidden: int = 128
+    lean: bool = True
     optim: Optim = Optim(lr=1e-4)
     critic: Optim = Optim(lr=1e-4, betas=(0.0, 0.999))
     target: Ema = Ema(rate=0.9)
@@ -149,37 +153,45 @@ class SCFlow:
             with torch.no_grad():
                 samples.append(m.student(start, top, cond))
 
-        def loss() -> dict[str, Tensor]:
-            parts: dict[str, Tensor] = {}
-            if seen is not None:
-                at, z = seen
-                sample = m.student(start, top, cond)
-                samples.append(sample.detach())
-                game = generator_loss(m.teacher, m.discriminator, sample + z, at, cond, game=self.game)
-                parts["adversarial"] = plays * game
-            if aims:
-                own = m.student(x, sigma, cond)
-                each = 1 / t if self.weighted else torch.ones_like(t)
-                parts |= {name: w * self.distance(own, aim, each) for name, (w, aim) in aims.items()}
-            if corrects:
-                again = m.student(samples[-1] + widen(sigma, x) * n, sigma, cond)
-                parts["correction"] = corrects * (again - samples[-1]).square().mean()
-            told = {name: part.detach() for name, part in parts.items()}
-            return {"loss": torch.stack([*parts.values()]).sum(), **told}
+        def playing(lean: bool) -> dict[str, Tensor]:
+            game = partial(self.played, m, seen, plays, cond)
+            found, sample = through_samples(lambda: m.student(start, top, cond), game, x0, lean=lean)
+            samples.append(sample)
+            return {**found, "adversarial": found["loss"]}
 
-        yield Update("student", loss)
-        if seen is None:
-            return
+        def agreeing() -> dict[str, Tensor]:
+            own = m.student(x, sigma, cond)
+            each = 1 / t if self.weighted else torch.ones_like(t)
+            parts = {name: w * self.distance(own, aim, each) for name, (w, aim) in aims.items()}
+            return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+
+        def correcting() -> dict[str, Tensor]:
+            again = m.student(samples[-1] + widen(sigma, x) * n, sigma, cond)
+            found = corrects * (again - samples[-1]).square().mean()
+            return {"loss": found, "correction": found}
+
+        def terms(lean: bool) -> tuple[Callable[[], Losses], ...]:
+            every = ((partial(playing, lean), plays), (agreeing, aims), (correcting, corrects))
+            return tuple(term for term, on in every if on)
+
+        yield Update.of("student", *terms(lean=False))._replace(parts=terms(self.lean))
+        if seen is not None:
+            at, z = seen
+            yield Update("discriminator", lambda: self.judged(m, x0 + z, samples.pop() + z, at, cond))
+
+    def played(
+        self, m: Models, seen: tuple[Tensor, Tensor] | None, weight: float, cond: Cond, sample: Tensor
+    ) -> dict[str, Tensor]:
+        """The student's side of the game on its one-step ``sample`` (B, ...), seen as :func:`judging` says."""
+        assert seen is not None
         at, z = seen
+        return {"loss": weight * generator_loss(m.teacher, m.discriminator, sample + z, at, cond, game=self.game)}
 
-        def judge() -> dict[str, Tensor]:
-            real, fake = x0 + z, samples.pop() + z
-            return discriminator_loss(
-                m.teacher, m.discriminator, real, fake, at, cond,
-                game=self.game, gamma=self.r1, penalised=self.r1_on,
-            )  # fmt: skip
-
-        yield Update("discriminator", judge)
+    def judged(self, m: Models, real: Tensor, fake: Tensor, at: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """The discriminator's side, on pictures (B, ...) noised to levels ``at`` (B,)."""
+        return discriminator_loss(
+            m.teacher, m.discriminator, real, fake, at, cond, game=self.game, gamma=self.r1, penalised=self.r1_on
+        )
 
     def aims(
         self, m: Models, x0: Tensor, x: Tensor, t: Tensor, cond: Cond, noise: Noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -125,19 +125,30 @@ class VSD:
         k = int(m.common(i).integers(0, len(levels), (), "step"))
         with torch.no_grad():
             start = rollout(m.student, levels[: k + 1], noise, cond)
+
+        def generate() -> Tensor:
+            samples: Tensor = m.student(start, levels[k], cond)
+            return samples
+
         made: list[Tensor] = []
         if i % self.ratio == 0:
-
-            def student_loss() -> dict[str, Tensor]:
-                x = m.student(start, levels[k], cond)
-                made.append(x.detach())
-                return self.student_losses(m, x, batch, noise.fold("student"))
-
-            yield Update("student", student_loss)
+            yield self.student_update(m, generate, made, batch, noise.fold("student"))
         if not made:
             with torch.no_grad():
-                made.append(m.student(start, levels[k], cond))
+                made.append(generate())
         yield self.fake_update(m, made.pop(), batch, noise.fold("fake"))
+
+    def student_update(
+        self, m: Models, generate: Callable[[], Tensor], made: list[Tensor], batch: Batch, noise: Noise
+    ) -> Update:
+        """The student's update on the samples that ``generate`` makes, which it puts into ``made`` when it runs."""
+
+        def loss() -> dict[str, Tensor]:
+            x = generate()
+            made.append(x.detach())
+            return self.student_losses(m, x, batch, noise)
+
+        return Update("student", loss)
 
     def student_losses(self, m: Models, x: Tensor, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """What the student's samples ``x``, with a graph, are trained with: ``loss`` and what is worth watching."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fewstep.loss.matching import in_two_passes
 
 Game = Literal["hinge", "non-saturating", "least-squares"]
 
@@ -55,3 +57,17 @@ def r1(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> Tensor:
     given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     slopes = torch.autograd.grad(logits.float().sum(), given, create_graph=True)
     return 0.5 * torch.stack([slope.float().flatten(1).square().sum(1).mean() for slope in slopes]).sum()
+
+
+def through_samples(
+    generate: Callable[[], Tensor], losses: Callable[[Tensor], Mapping[str, Tensor]], like: Tensor, *, lean: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """``losses(generate())`` and the samples (B, ...) without a graph, on the device of ``like``.
+
+    ``lean`` makes the samples twice and never holds the graph of the losses beside that of the samples
+    (:func:`fewstep.loss.matching.in_two_passes`): the same gradients with less memory, for one forward pass more.
+    """
+    if lean:
+        return in_two_passes(generate, losses, like.device)
+    x = generate()
+    return dict(losses(x)), x.detach()

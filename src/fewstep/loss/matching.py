@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -36,6 +36,41 @@ def directed(x: Tensor, direction: Tensor) -> Tensor:
     held = direction.detach().to(x.dtype)
     moved = x * held
     return (moved - moved.detach()).mean() + 0.5 * held.square().mean()
+
+
+def in_two_passes(
+    generate: Callable[[], Tensor], losses: Callable[[Tensor], Mapping[str, Tensor]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """``losses(generate())``, with their gradient, and the samples (B, ...) without one; one graph is held at a time.
+
+    The samples are made without a graph, the gradient of the ``loss`` with respect to them is taken, and they are made
+    again with a graph that this gradient is sent through: one forward pass more. What ``generate`` draws from torch's
+    own generators on ``device``, such as dropout, it draws twice alike. Nothing but the samples, and through them what
+    ``generate`` reads, gets a gradient.
+    """
+    x = without_graph(generate, device)
+    leaf = x.detach().requires_grad_()
+    found = dict(losses(leaf))
+    (slope,) = torch.autograd.grad(found["loss"], leaf)
+    told = {name: value.detach() for name, value in found.items()}
+    # The graph of the losses must not stand beside the next.
+    del found
+    return {**told, "loss": carried(generate(), slope, told["loss"])}, x
+
+
+def without_graph(generate: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """What ``generate()`` returns, without a graph; the next call, which may have one, draws the same from torch."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        made = generate()
+    # Autocast would hand weights that it converted without a graph to the pass with one.
+    torch.clear_autocast_cache()
+    return made
+
+
+def carried(x: Tensor, slope: Tensor, value: Tensor) -> Tensor:
+    """A scalar of this ``value`` whose gradient with respect to ``x`` is ``slope``, both (B, ...)."""
+    moved = x * slope.to(x.dtype)
+    return (moved - moved.detach()).sum() + value.detach()
 
 
 def direction(x: Tensor, d_fake: Tensor, d_teacher: Tensor, sigma: Tensor, normaliser: Normaliser = "sample") -> Tensor:

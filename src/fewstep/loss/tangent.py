@@ -96,14 +96,20 @@ def _forward(f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor])
 
 
 class _Cheap(TorchFunctionMode):
-    """Forward derivatives of layers whose weights have none, where torch's own cost more.
+    """Forward derivatives of what has one in some of its inputs alone, where torch's own cost more.
 
     Torch's convolution convolves a third time, with the weights' derivative of zeros; its group norm is made of some
-    twenty elementwise operations.
+    twenty elementwise operations, its multiply-add of four. Its sums and products make a derivative of zeros for every
+    operand without one, numbers too, and the size of the result with those is found by Python code that takes longer
+    than the operation on a small picture.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in CHEAP and len(args) == CHEAP[func][1] and not kwargs:
+            found = CHEAP[func][0](*args)
+            if found is not None:
+                return found
         if func in AFFINE or func is F.group_norm:
             tensors = [*args, *kwargs.values()]
             slopes = [forward_ad.unpack_dual(t).tangent if isinstance(t, Tensor) else None for t in tensors]
@@ -127,17 +133,87 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    shape = (len(x), num_groups, -1)
-    value, mean, rstd = torch.native_group_norm(
-        x.contiguous(), weight, bias, len(x), x.shape[1], x[0, 0].numel(), num_groups, eps
-    )
-    unit = (x.reshape(shape) - mean[..., None]).mul_(rstd[..., None])
-    grown = v.reshape(shape) - v.reshape(shape).mean(2, keepdim=True)
-    along = (unit * grown).mean(2, keepdim=True)
-    slope = torch.addcmul(grown, unit, along, value=-1).mul_(rstd[..., None]).reshape(x.shape)
+    x, size = x.contiguous(), (len(x), x.shape[1], x[0, 0].numel(), num_groups)
+    value, mean, rstd = torch.native_group_norm(x, weight, bias, *size, eps)
+    # The derivative of the normalisation itself is a symmetric matrix, so that the kernel of its backward pass, which
+    # is one operation, is that of its forward derivative too.
+    backward = torch.ops.aten.native_group_norm_backward
+    slope = backward(v.contiguous(), x, mean, rstd, None, *size, [True, False, False])[0]
     if weight is not None:
-        slope = slope * weight.reshape(-1, *[1] * (x.ndim - 2))
+        slope.mul_(weight.reshape(-1, *[1] * (x.ndim - 2)))
     return forward_ad.make_dual(value, slope)
+
+
+def _halves(x: Any) -> tuple[Any, Tensor | None]:
+    """A value and its derivative, None for numbers and for what has none."""
+    return forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
+
+
+def _dual(value: Tensor, slope: Tensor) -> Tensor:
+    return forward_ad.make_dual(value, slope.to(value.dtype).expand(value.shape))
+
+
+def _add(a: Any, b: Any) -> Tensor | None:
+    (x, dx), (y, dy) = _halves(a), _halves(b)
+    slope = dy if dx is None else dx
+    return None if slope is None or (dx is not None and dy is not None) else _dual(x + y, slope)
+
+
+def _sub(a: Any, b: Any) -> Tensor | None:
+    (x, dx), (y, dy) = _halves(a), _halves(b)
+    if dx is not None:
+        return None if dy is not None else _dual(x - y, dx)
+    return None if dy is None else _dual(x - y, -dy)
+
+
+def _mul(a: Any, b: Any) -> Tensor | None:
+    (x, dx), (y, dy) = _halves(a), _halves(b)
+    if dx is not None:
+        return None if dy is not None else forward_ad.make_dual(x * y, dx * y)
+    return None if dy is None else forward_ad.make_dual(x * y, x * dy)
+
+
+def _div(a: Any, b: Any) -> Tensor | None:
+    (x, dx), (y, dy) = _halves(a), _halves(b)
+    if dx is not None:
+        return None if dy is not None else forward_ad.make_dual(x / y, dx / y)
+    if dy is None:
+        return None
+    value = x / y
+    return forward_ad.make_dual(value, -value * dy / y)
+
+
+def _addcmul(shift: Tensor, x: Tensor, scale: Tensor) -> Tensor | None:
+    """``shift + x scale``, whose derivative is two operations of the same kind."""
+    (s, ds), (y, dy), (f, df) = (_halves(t) for t in (shift, x, scale))
+    if ds is None or dy is None or df is None:
+        return None
+    return forward_ad.make_dual(torch.addcmul(s, y, f), torch.addcmul(ds, dy, f).addcmul_(y, df))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """Attention without a mask, with the derivative of its softmax ``p (ds - sum p ds)``."""
+    (q, dq), (k, dk), (v, dv) = (_halves(t) for t in (query, key, value))
+    if dq is None or dk is None or dv is None or q.dtype not in (torch.float32, torch.float64):
+        return None
+    scale, columns = q.shape[-1] ** -0.5, k.transpose(-2, -1)
+    p = (q @ columns).mul_(scale).softmax(-1)
+    dp = (dq @ columns).add_(q @ dk.transpose(-2, -1)).mul_(scale).mul_(p)
+    dp = torch.addcmul(dp, p, dp.sum(-1, keepdim=True), value=-1)
+    return forward_ad.make_dual(p @ v, (dp @ v).add_(p @ dv))
+
+
+# What :class:`_Cheap` does itself, and the number of arguments it does it with; None leaves the rest to torch.
+CHEAP: dict[Any, tuple[Callable[..., Tensor | None], int]] = {
+    torch.addcmul: (_addcmul, 3),
+    F.scaled_dot_product_attention: (_attention, 3),
+    **dict.fromkeys((torch.add, torch.Tensor.add), (_add, 2)),
+    **dict.fromkeys((torch.sub, torch.Tensor.sub), (_sub, 2)),
+    **dict.fromkeys((torch.mul, torch.Tensor.mul), (_mul, 2)),
+    **dict.fromkeys((torch.div, torch.Tensor.div), (_div, 2)),
+    torch.Tensor.__rsub__: (lambda x, a: _sub(a, x), 2),
+    torch.Tensor.__rtruediv__: (lambda x, a: _div(a, x), 2),
+}
 
 
 def _difference(f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

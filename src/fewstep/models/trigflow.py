@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.core.cond import Cond
 from fewstep.core.denoiser import TIME_MAPS, Precond
-from fewstep.core.path import PURE_NOISE, TRIG, Path, widen, x0_weights
+from fewstep.core.path import PURE_NOISE, TRIG, Path, weights_from, widen, x0_weights
 from fewstep.errors import InputError
 
 
@@ -33,12 +33,20 @@ class View:
 
     def weights(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(p, q, scale, sigma)`` float64: ``velocity = p x_u + q out``, ``out`` of the network at ``scale x_u``."""
-        D, a = self.denoiser, self.path.coeffs(u).a
-        c, k = x0_weights(self.path, "velocity", u)
-        sigma = self.path.sigma(u)
+        return self._weights(u)[:4]
+
+    def _weights(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`weights` gives, and the denoiser's own time (B,).
+
+        Coefficients are formed once: in a forward-mode pass every operation on these few numbers costs as much as one
+        on small pictures.
+        """
+        D, coeffs = self.denoiser, self.path.coeffs(u)
+        c, k = weights_from(coeffs, "velocity")
+        sigma = coeffs.b / coeffs.a
         own = D.path.at(sigma)
         on_x, on_out = D.weights(own, sigma)
-        return (on_x / a - c) / k, on_out / k, D.path.coeffs(own).a * D.scale_in / a, sigma
+        return (on_x / coeffs.a - c) / k, on_out / k, D.path.coeffs(own).a * D.scale_in / coeffs.a, sigma, own
 
     def __call__(self, x: Tensor, u: Tensor, cond: Cond | None = None) -> Tensor:
         """The velocity (B, ...) at ``x`` (B, ...), times ``u`` (B,) > 0 of the path; differentiable in both."""
@@ -46,11 +54,12 @@ class View:
         u = u.to(torch.float64)
         D = self.denoiser
         if not isinstance(D, Precond):
-            c, k = x0_weights(self.path, "velocity", u)
-            estimate = D(widen(1 / self.path.coeffs(u).a, x) * x, self.path.sigma(u), cond)
+            coeffs = self.path.coeffs(u)
+            c, k = weights_from(coeffs, "velocity")
+            estimate = D(widen(1 / coeffs.a, x) * x, coeffs.b / coeffs.a, cond)
             return (estimate.to(x.dtype) - widen(c, x) * x) * widen(1 / k, x)
-        p, q, scale, sigma = self.weights(u)
-        time = TIME_MAPS[D.time](D.path, D.path.at(sigma), sigma).to(x.device, torch.float32)
+        p, q, scale, sigma, own = self._weights(u)
+        time = TIME_MAPS[D.time](D.path, own, sigma).to(x.device, torch.float32)
         out = D.net((widen(scale, x) * x).to(next(D.net.parameters()).dtype), time, cond or {})
         return widen(p, x) * x + widen(q, x) * out.to(x.dtype)
 

@@ -138,7 +138,12 @@ def _curves(results: Results) -> list[dict[str, Any]]:
         if figure is not None:
             ends = [f"{k} ends at {show(c[-1][1])}" for k, c in plots.loss_curves(entries).items()]
             label = f"Training losses of {name} by step: {', '.join(ends)}"
-            found.append({"name": name, "svg": inline_svg(figure, f"curves{i}", label)})
+            caption = f"Loss of each role of {name} by training step."
+            found.append({"name": name, "svg": inline_svg(figure, f"curves{i}", label), "caption": caption})
+        for k, (title, caption, health) in enumerate(plots.health_figures(entries)):
+            label = f"{title} of {name} by step. {caption}"
+            svg = inline_svg(health, f"health{i}-{k}", label)
+            found.append({"name": f"{name}: {title}", "svg": svg, "caption": caption})
     return found
 
 

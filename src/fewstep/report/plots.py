@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves_figure", "inked", "quality_figure", "rmse_figure", "styles", "terminal_table", "trajectories_figure"]
+__all__ = [
+    "curves_figure",
+    "health_figures",
+    "inked",
+    "quality_figure",
+    "rmse_figure",
+    "styles",
+    "terminal_table",
+    "trajectories_figure",
+]
 
 # A page replaces this one colour by that of its text, so that a figure reads in light and in dark.
 INK = "#1b1e21"
@@ -233,6 +242,67 @@ def curves_figure(entries: list[dict[str, Any]], colour: str = INK) -> Figure | 
                 _log_y(axis, [ordered[0], max(top, ordered[0] * 1.01)])
             axis.set_title(plain(key), loc="left")
         axes[-1].set_xlabel("step")
+    return figure
+
+
+VARIETY = ("variance", "distance", "nearest", "modes")
+Series = dict[str, list[tuple[float, float]]]
+
+
+def health_figures(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Figure]]:
+    """Heading, caption and figure of each health curve that the log holds; docs/health.md explains them.
+
+    ``entries`` are those of :func:`fewstep.train.health.history`, with the start at step 0.
+    """
+    directions = dict.fromkeys(k for e in entries for k in e if k.startswith("health/direction@"))
+    losses = {k for e in entries for k in e if k.partition("/")[0].split("+")[0] == "fake"}
+    denoising = sorted(k for k in losses if k.endswith("/denoising")) or sorted(k for k in losses if k == "fake/loss")
+    logits = sorted({k for e in entries for k in e if k.rpartition("/")[2] in ("logit_real", "logit_fake")})
+    # Without its floor the loss says no more than the curve of losses does.
+    against = [*denoising, "health/fake_floor"] if any("health/fake_floor" in e for e in entries) else []
+    asked = (
+        (
+            "Variety of the samples",
+            "In units of the reference's; near 0 is a collapse.",
+            [f"health/{k}" for k in VARIETY],
+        ),
+        ("Fake score's loss and its floor", "The floor is an estimate: the teacher's own loss.", against),
+        ("Direction by noise level", "Mean |D_fake - D_teacher| of samples noised to sigma.", list(directions)),
+        ("Logits", "Means of the discriminator over data (real) and samples (fake).", logits),
+    )
+    ends = [float(e["step"]) for e in entries if "collapsed" in e]
+    found = []
+    for title, caption, keys in asked:
+        series = {k: _points(entries, k) for k in keys}
+        series = {k: points for k, points in series.items() if len(points) > 1}
+        if set(series) - {"health/fake_floor"}:
+            log = title != "Logits" and all(v > 0 for points in series.values() for _, v in points)
+            told = f"{caption} Dotted: collapsed." if ends else caption
+            found.append((title, told, _health_figure(series, ends, log=log)))
+    return found
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    values = ((float(e["step"]), finite(e.get(key))) for e in entries)
+    return [(step, value) for step, value in values if value is not None]
+
+
+def _health_figure(series: Series, ends: Sequence[float], *, log: bool) -> Figure:
+    with inked():
+        figure, (axis,) = _axes(height=3.2)
+        for k, (key, points) in enumerate(series.items()):
+            floor = key == "health/fake_floor"
+            name = "floor" if floor else key.rpartition("/")[2].replace("direction@", "sigma ")
+            # Eight levels and seven colours: the lowest is dashed in the first one's.
+            dashes = "--" if floor or k >= len(PALETTE) else "-"
+            colour = INK if floor else PALETTE[k % len(PALETTE)]
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.5, label=plain(name))
+        for step in ends:
+            axis.axvline(step, color=INK, linestyle=":", linewidth=1.0)
+        if log:
+            axis.set_yscale("log")
+        axis.set_xlabel("step")
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -22,6 +22,7 @@ from fewstep.solve.iddpm import LearnedVariance
 from fewstep.solve.invert import Aidi, aidi, ddim_invert
 from fewstep.solve.ipndm import ipndm, ipndm1, ipndm2, ipndm3, ipndm4, ipndm_v
 from fewstep.solve.lms import lms
+from fewstep.solve.particle_flow import ParticleFlow
 from fewstep.solve.res import res, res_multistep
 from fewstep.solve.stochastic import dpm2_ancestral, dpmpp2s_ancestral, euler_ancestral
 from fewstep.solve.unipc import unipc
@@ -33,6 +34,7 @@ __all__ = [
     "Aidi",
     "GaussianStart",
     "LearnedVariance",
+    "ParticleFlow",
     "aidi",
     "amed_table",
     "build",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from fewstep.core.fit import Data, build_models, fit
 from fewstep.core.generator import Generator, check_device
 from fewstep.core.options import Budget, FitOptions, Report
 from fewstep.core.path import FLOW, PURE_NOISE
-from fewstep.core.role import Method, Models
+from fewstep.core.role import Method, Models, Role
 from fewstep.core.state import Run
 from fewstep.data import Data as PictureData
 from fewstep.errors import InputError, unknown
@@ -31,7 +31,9 @@ from fewstep.models.offload import offloaded
 from fewstep.report.pictures import save_grid
 from fewstep.solve.heun import heun
 from fewstep.train.flow_matching import LEAST, flow_sampler
+from fewstep.train.health import Watch
 from fewstep.train.roles import roles_of
+from fewstep.train.rollback import OnCollapse, Watching, roll_back, rollbacks, write_facts
 
 
 def untrained(
@@ -83,13 +85,16 @@ def train(
     recipe: Mapping[str, Any] | None = None,
     lora: LoRA | None = None,
     lora_roles: Sequence[str] | None = None,
+    on_collapse: OnCollapse = "stop",
+    check_every: int | None = None,
     **options: Any,
 ) -> Generator:
     """Runs ``method`` from ``start`` and leaves a run folder that is also a generator folder.
 
     ``budget`` is like "2000 steps", "200k images" or "90s". ``options`` are the fields of
     :class:`fewstep.core.options.FitOptions`. ``grid_every`` steps a picture of samples is written (0: only at the end).
-    Under torchrun every process calls this; rank 0 writes.
+    ``on_collapse`` and ``check_every`` are the fields of :class:`fewstep.train.rollback.Watching`. Under torchrun every
+    process calls this; rank 0 writes.
 
     With ``lora`` the roles that copy the teacher, or those named in ``lora_roles``, train LoRA layers on its weights,
     which then stand in memory once. The generator is the merged student; its LoRA lies beside it, in ``lora/``.
@@ -97,7 +102,9 @@ def train(
     Raises:
         InputError: bad options, a network that LoRA cannot adapt, or an ``out`` that holds another run.
         NonFiniteError: training diverged.
+        CollapseError: samples became alike, lost modes or blew up, and that ends the run.
     """
+    watching = Watching(on_collapse, check_every)
     device = check_device(options.get("device", "cpu"))
     distributed.start(device)
     if "save_every" not in options and grid_every:
@@ -117,28 +124,105 @@ def train(
     first = distributed.rank() == 0
     run = Run.open(Path(out), body, resume=resume, overwrite=overwrite, keep=keep) if first else Run(Path(out), keep)
     distributed.barrier()
-    found = run.latest() if resume else None
-    step = int(found[0]["step"]) if found else 0
-    if first:
-        run.rewind_log(step)
-    models = build_models(roles, str(device), chosen.seed, offload=place)
-    if lora is not None and not any(isinstance(network, Adapted) for network in models.networks.values()):
-        raise InputError(f"{type(method).__name__} trains no copy of the teacher: leave LoRA out")
-    shipped = _shipped(method, models, start)
-    # A finished run that is resumed has nothing to report, but it was trained.
-    last: dict[str, Any] = next(reversed(run.read_log()), {}) if first else {}
-    saves_memory = checkpointed(models.networks.values()) if chosen.checkpointing else contextlib.nullcontext()
-    with _Bar(type(method).__name__, chosen, progress and first) as bar, saves_memory:
-        for report in fit(method, models, data, chosen, run, start=step):
-            if first:
-                last = _entry(report)
-                run.log(last)
-                bar.show(report)
-                if report.done or (grid_every and report.step % grid_every < chosen.log_every):
-                    save_grid(shipped.sample(64, progress=False), run.folder / "samples" / f"{report.step:08d}.png")
-    shipped = _finish(shipped, {**made, **sources, "trained": last}, Path(out) if first else None)
+    job = _Job(method, start, data, chosen, run, roles, place, watching, lora is not None, grid_every, progress)
+    while True:
+        shipped, last, why = job.go(resume)
+        if why is None:
+            break
+        if first:
+            roll_back(run, int(last["step"]), why)
+        distributed.barrier()
+        resume = True
+    card = {**made, **sources, "trained": last}
+    if first and (back := rollbacks(run)):
+        card["rollbacks"] = [asdict(entry) for entry in back]
+    shipped = _finish(shipped, card, Path(out) if first else None)
     distributed.barrier()
     return shipped
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run is made of."""
+
+    method: Method
+    start: Generator
+    data: Data
+    options: FitOptions
+    run: Run
+    roles: Mapping[str, Role]
+    place: Callable[[torch.nn.Module], torch.nn.Module] | None
+    watching: Watching
+    adapts: bool
+    grid_every: int
+    progress: bool
+
+    def go(self, resume: bool) -> tuple[Generator, dict[str, Any], str | None]:
+        """Trains to the end; returns the generator, the last log entry, and why to roll back, or None.
+
+        Raises:
+            CollapseError: a collapse that ends the run.
+        """
+        run, chosen, first = self.run, self.options, distributed.rank() == 0
+        step = _saved(run) if resume else 0
+        if first:
+            run.rewind_log(step)
+        back = rollbacks(run)
+        models = self.models(back[-1].rates if back else 1.0)
+        shipped = _shipped(self.method, models, self.start)
+        # A finished run that is resumed has nothing to report, but it was trained.
+        log = run.read_log() if first else []
+        last: dict[str, Any] = log[-1] if log else {}
+        over = chosen.budget.progress(step, step * chosen.batch, 0.0) >= 1
+        every = 0 if over else self.watching.steps(chosen, models, shipped.sampler.nfe)
+        watch = None
+        if every and first:
+            watch = Watch(self.method, models, shipped, self.start, self.data, chosen, log)
+            write_facts(run, watch.facts(), back)
+        saves_memory = checkpointed(models.networks.values()) if chosen.checkpointing else contextlib.nullcontext()
+        with _Bar(type(self.method).__name__, chosen, self.progress and first) as bar, saves_memory:
+            for report in fit(self.method, models, self.data, chosen, run, start=step):
+                look = every > 0 and (report.done or report.step % every == 0)
+                if first:
+                    last = _entry(report) | (watch.look(report) if watch is not None and look else {})
+                    last |= {"rollbacks": len(back)} if back else {}
+                    run.log(last)
+                    bar.show(report)
+                if look:
+                    # Rank 0 has looked; what follows from it must be the same everywhere.
+                    why = str(distributed.agree(last.get("collapsed", "")))
+                    if why and self.watching.again(run, back, report.step, why):
+                        return shipped, last, why
+                # After the verdict, because samples that are not finite make no picture.
+                grid = self.grid_every and report.step % self.grid_every < chosen.log_every
+                if first and (report.done or grid):
+                    save_grid(shipped.sample(64, progress=False), run.folder / "samples" / f"{report.step:08d}.png")
+        return shipped, last, None
+
+    def models(self, rates: float) -> Models:
+        """The networks before training, whose learning rates are ``rates`` times the method's.
+
+        Raises:
+            InputError: LoRA was asked for and no network takes it.
+        """
+        roles = {
+            name: role if role.optim is None else replace(role, optim=replace(role.optim, lr=rates * role.optim.lr))
+            for name, role in self.roles.items()
+        }
+        models = build_models(roles, str(self.options.device), self.options.seed, offload=self.place)
+        if self.adapts and not any(isinstance(network, Adapted) for network in models.networks.values()):
+            raise InputError(f"{type(self.method).__name__} trains no copy of the teacher: leave LoRA out")
+        return models
+
+
+def _saved(run: Run) -> int:
+    """The step of the newest checkpoint, 0 before the first.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    found = run.latest()
+    return 0 if found is None else int(found[0]["step"])
 
 
 def options_of(budget: str | int | Budget, options: Mapping[str, Any]) -> FitOptions:
