@@ -30,6 +30,7 @@ COMMANDS = (
     "distill",
     "collaborate",
     "evaluate",
+    "compare",
     "trace",
     "compare-tableaux",
     "export",
@@ -56,6 +57,7 @@ USAGE = """fewstep: make a trained image generator fast and small, and prove tha
   fewstep distill METHOD           train a student of few steps
   fewstep collaborate S T          let the teacher refine the worst pictures of a student
   fewstep evaluate GENERATOR       score pictures against real ones
+  fewstep compare A B ...          which generator to use at how many evaluations, on a page
   fewstep trace SCHEDULER -o FILE  a scheduler of diffusers as a tableau
   fewstep compare-tableaux A B     where two tableaux differ, row by row
   fewstep export GENERATOR         a folder that diffusers opens without fewstep, proved

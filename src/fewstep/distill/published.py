@@ -82,6 +82,8 @@ PUBLISHED: dict[str, Published] = {
     "f-distill": Published(
         {"student": 2e-6, "fake": 2e-6}, 296e6, 512, 600_000, "arXiv 2502.15681, ImageNet-64", IMAGENET
     ),
+    # Of ResShift's network.
+    "tad-sr": Published({"student": 5e-5}, 118.6e6, 64, 30_000, "TAD-SR's released configuration", None),
     # Its fake score is LoRA of rank 64, at 1e-3.
     "swiftbrush": Published({"student": 1e-6}, 866e6, None, None, "arXiv 2312.05239, SD 2.1", None),
     "sida": Published(

@@ -89,7 +89,8 @@ class DigitsNet(nn.Module):
         return self.head(self.body(images))
 
 
-def _require_shape(images: Tensor, shape: tuple[int, int, int], name: str) -> None:
+def require_shape(images: Tensor, shape: tuple[int, int, int], name: str) -> None:
+    """Raises InputError unless ``images`` are (B, *shape)."""
     if images.ndim != 4 or tuple(images.shape[1:]) != shape:
         raise InputError(
             f"extractor {name!r} got images {tuple(images.shape)}, expected (B, {', '.join(map(str, shape))}): "
@@ -114,11 +115,11 @@ class DigitsExtractor:
         self.name = "digits" if channels == 1 else "stacked-digits"
         self.channels, self.snap, self.device = channels, snap, torch.device(device)
         self.dim = channels * net.dim
-        self.fingerprint = _digest(f"{self.name} {channels} {snap} {fingerprint}".encode())
+        self.fingerprint = digest(f"{self.name} {channels} {snap} {fingerprint}".encode())
         self.net = net.to(self.device).eval().requires_grad_(False)
 
     def _single(self, images: Tensor) -> Tensor:
-        _require_shape(images, (self.channels, 8, 8), self.name)
+        require_shape(images, (self.channels, 8, 8), self.name)
         images = images.to(self.device, torch.float32)
         return (snap_digits(images) if self.snap else images).reshape(-1, 1, 8, 8)
 
@@ -138,8 +139,15 @@ class DigitsExtractor:
         Raises:
             InputError: the pictures are not (B, channels, 8, 8).
         """
-        scores = self.net.logits(self._single(images)).log_softmax(1)
-        return scores if self.channels == 1 else scores.reshape(len(images), self.channels, 10)
+        return self.seen(images)[1]
+
+    @torch.no_grad()
+    def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and log-probabilities, as calling it and :meth:`classify` give them, by one pass."""
+        features = self.net(self._single(images))
+        scores = self.net.head(features).log_softmax(1)
+        shape = (len(images), 10) if self.channels == 1 else (len(images), self.channels, 10)
+        return features.reshape(len(images), self.dim), scores.reshape(shape)
 
 
 class PixelExtractor:
@@ -161,7 +169,7 @@ class PixelExtractor:
                 f"pixel features of shape {tuple(shape)} have {self.dim} dimensions, expected at most 4096: "
                 f"leave the metric 'pixel_fd' out or shrink the pictures first"
             )
-        self.fingerprint = _digest(f"pixel {self.shape} {snap}".encode())
+        self.fingerprint = digest(f"pixel {self.shape} {snap}".encode())
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, C * H * W), float32.
@@ -169,12 +177,13 @@ class PixelExtractor:
         Raises:
             InputError: the pictures do not have this extractor's shape.
         """
-        _require_shape(images, self.shape, self.name)
+        require_shape(images, self.shape, self.name)
         images = images.detach().float()
         return (snap_digits(images) if self.snap else images).flatten(1)
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """16 hex digits of the sha256 of some bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -188,15 +197,20 @@ def digits_extractor(device: torch.device | str = "cpu", *, channels: int = 1, s
     """
     net = DigitsNet()
     net.load_state_dict(load_file(WEIGHTS), strict=True)
-    fingerprint = _digest(WEIGHTS.read_bytes())
+    fingerprint = digest(WEIGHTS.read_bytes())
     return DigitsExtractor(net, channels=channels, snap=snap, fingerprint=fingerprint, device=device)
 
 
 def digits_metadata() -> dict[str, str]:
     """What the training script wrote beside the packaged weights: held-out accuracy, split, seeds."""
-    with WEIGHTS.open("rb") as file:
+    return metadata_of(WEIGHTS)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata in the head of a safetensors file."""
+    with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size))["__metadata__"]
+        return json.loads(file.read(size)).get("__metadata__", {})
 
 
 def _digits(shape: tuple[int, int, int]) -> Extractor:
@@ -224,12 +238,53 @@ EXTRACTORS: dict[str, Callable[[tuple[int, int, int]], Extractor]] = {
 }
 
 
+def _inception(resize: str) -> Callable[[str], Extractor]:
+    def made(place: str) -> Extractor:
+        from fewstep.measure.inception import inception_extractor
+
+        return inception_extractor(place, resize=resize)
+
+    return made
+
+
+def _dino(place: str) -> Extractor:
+    from fewstep.measure.foundation import dino_extractor
+
+    return dino_extractor(place)
+
+
+def _clip(place: str) -> Extractor:
+    from fewstep.measure.foundation import clip_extractor
+
+    return clip_extractor(place)
+
+
+# Networks whose weights the user brings: named as kind:place.
+PLACED: dict[str, Callable[[str], Extractor]] = {
+    "inception": _inception("tf1"),
+    "inception-clean": _inception("clean"),
+    "inception-pytorch": _inception("pytorch"),
+    "dinov2": _dino,
+    "clip": _clip,
+}
+
+
 def extractor(name: str, shape: tuple[int, int, int]) -> Extractor:
-    """The extractor ``name`` of :data:`EXTRACTORS` for pictures of ``shape`` (C, H, W).
+    """The extractor ``name`` for pictures of ``shape`` (C, H, W).
+
+    Args:
+        name: of :data:`EXTRACTORS`; or a kind of :data:`PLACED`, a colon and where its weights are, such as
+            ``inception:pt_inception-2015-12-05-6726825d.pth`` or ``dinov2:facebook/dinov2-large``.
+        shape: of the pictures.
 
     Raises:
-        InputError: no such extractor, or it does not take pictures of this shape.
+        InputError: no such extractor, it does not take pictures of this shape, or its weights cannot be read.
     """
+    kind, _, place = name.partition(":")
+    if kind in PLACED:
+        if not place:
+            raise InputError(f"extractor {kind!r} needs its weights: write {kind}:<path, address or Hub id>")
+        return PLACED[kind](place)
     if name not in EXTRACTORS:
-        raise unknown("extractor", name, EXTRACTORS)
+        raise unknown("extractor", name, [*EXTRACTORS, *PLACED])
     return EXTRACTORS[name](shape)

@@ -6,13 +6,19 @@ import os
 import struct
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.errors import InputError
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where reference files are kept: ``cache``, else the environment's FEWSTEP_CACHE, else ~/.cache/fewstep."""
+    return Path(cache or os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep").expanduser()
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -39,20 +45,37 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
         raise
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file; pickled content is refused.
-
-    Raises:
-        InputError: no such file, or not a whole npz file of plain arrays.
-    """
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} is a single array, expected an .npz file: write it with Moments.save")
-            return {key: data[key] for key in data.files}
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is a single array, expected an .npz file: write it with Moments.save")
+        with data:
+            yield data
     except FileNotFoundError as error:
         raise InputError(f"no file {path}: expected an .npz file of statistics, check the path") from error
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a readable .npz file ({error}): delete it and compute it again") from error
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an ``.npz`` file; pickled content is refused.
+
+    Raises:
+        InputError: no such file, or not a whole npz file of plain arrays.
+    """
+    with _opened(path) as data:
+        return {key: data[key] for key in data.files}
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of the arrays of an ``.npz`` file; the arrays are not read.
+
+    Raises:
+        InputError: no such file, or not an npz file.
+    """
+    with _opened(path) as data:
+        return set(data.files)

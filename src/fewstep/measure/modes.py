@@ -14,6 +14,8 @@ from torch import Tensor
 from fewstep.errors import InputError
 from fewstep.measure.features import Classifier
 
+NOTHING = torch.empty(0, dtype=torch.int64)
+
 
 class ModeCoverage(NamedTuple):
     """``modes``: how many were hit at least once. ``kl``: divergence of the histogram from the reference, nats."""
@@ -30,12 +32,14 @@ def classes(images: Tensor, extractor: Classifier, batch: int = 512) -> Tensor:
         extractor: the classifier.
         batch: pictures at a time.
     """
-    weights = 10 ** torch.arange(extractor.channels - 1, -1, -1)
-    found = torch.empty(0, dtype=torch.int64)
-    for part in images.split(batch):
-        digits = extractor.classify(part).argmax(-1).reshape(len(part), extractor.channels)
-        found = torch.cat([found, (digits.cpu() * weights).sum(1)])
-    return found
+    return torch.cat([classes_of(extractor.classify(part)) for part in images.split(batch)] or [NOTHING])
+
+
+def classes_of(scores: Tensor) -> Tensor:
+    """The class (B,) int64 of each picture from a classifier's scores (B, 10) or (B, channels, 10)."""
+    found = scores.argmax(-1).cpu()
+    digits = found[:, None] if found.ndim == 1 else found
+    return (digits * 10 ** torch.arange(digits.shape[1] - 1, -1, -1)).sum(1)
 
 
 def histogram(found: Tensor, extractor: Classifier) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +15,10 @@ from torch import Tensor
 from fewstep.core.cond import Batch
 from fewstep.errors import InputError
 from fewstep.measure.features import Classifier, Extractor
-from fewstep.measure.files import read_npz, write_npz
+from fewstep.measure.files import cache_folder, read_npz, write_npz
 from fewstep.measure.frechet import Moments
-from fewstep.measure.modes import classes as classify
+from fewstep.measure.modes import classes_of
+from fewstep.measure.stream import of_data
 
 FORMAT = 1
 KEEP = 10_000
@@ -44,11 +43,6 @@ class RealData(Protocol):
 
     def take(self, ids: Tensor) -> Batch:
         """The pictures ``ids`` (B,) int64: x (B, C, H, W) in [-1, 1]."""
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where reference files are kept: ``cache``, else the environment's FEWSTEP_CACHE, else ~/.cache/fewstep."""
-    return Path(cache or os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep").expanduser()
 
 
 def cache_path(data: RealData, extractor: Extractor, *, keep: int = KEEP, cache: str | Path | None = None) -> Path:
@@ -97,11 +91,14 @@ class Reference:
             InputError: fewer than two pictures, features that are not finite, or a cache folder that cannot be written.
         """
         path = cache_path(data, extractor, keep=keep, cache=cache)
-        if path.exists():
-            try:
-                return cls._read(path, extractor, len(data), keep)
-            except InputError as error:
-                warnings.warn(f"reference of {data.name!r} is computed again: {error}", stacklevel=2)
+        # A file with features serves those who need none, too.
+        larger = cache_path(data, extractor, cache=cache)
+        for place in (path, larger) if not keep else (path,):
+            if place.exists():
+                try:
+                    return cls._read(place, extractor, len(data), keep)
+                except InputError as error:
+                    warnings.warn(f"reference of {data.name!r} is computed again: {error}", stacklevel=2)
         reference = cls._compute(data, extractor, keep, batch)
         reference._write(path)
         return reference
@@ -112,16 +109,18 @@ class Reference:
             raise InputError(
                 f"data {data.name!r} has {len(data)} pictures, expected at least 2: give more real pictures"
             )
-        moments, features, found = Moments(extractor.dim), [], []
-        kept = torch.zeros(len(data), dtype=torch.bool)
-        kept[_spaced(len(data), keep)] = True
-        for images in _pictures(data, batch):
-            part = extractor(images).cpu()
-            features.append(part[kept[moments.n : moments.n + len(part)]])
+        moments, found, filled = Moments(extractor.dim), [], 0
+        chosen = _spaced(len(data), keep)
+        features = torch.empty(len(chosen), extractor.dim)
+        for images in of_data(data, batch):
+            part, scores = seen(extractor, images)
+            last = int(torch.searchsorted(chosen, moments.n + len(part)))
+            features[filled:last] = part[chosen[filled:last] - moments.n]
             moments.update(part)
-            if isinstance(extractor, Classifier):
-                found.append(classify(images, extractor))
-        return cls(moments, torch.cat(features) if keep else None, torch.cat(found) if found else None)
+            filled = last
+            if scores is not None:
+                found.append(classes_of(scores))
+        return cls(moments, features if keep else None, torch.cat(found) if found else None)
 
     def _write(self, path: Path) -> None:
         extra = {"features": self.features, "classes": self.classes}
@@ -144,17 +143,16 @@ class Reference:
         return cls(moments, *(torch.from_numpy(data[k]) if k in expected else None for k in ("features", "classes")))
 
 
+def seen(extractor: Extractor, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Features (B, dim) on the CPU, and the scores of a classifier, by one pass of its network where it can."""
+    if not isinstance(extractor, Classifier):
+        return extractor(images).cpu(), None
+    both = getattr(extractor, "seen", None)
+    features, scores = both(images) if both is not None else (extractor(images), extractor.classify(images))
+    return features.cpu(), scores.cpu()
+
+
 def _spaced(total: int, most: int) -> Tensor:
     """At most ``most`` of 0 .. total - 1, evenly spaced, so that data sorted by class stay represented."""
     count = min(most, total)
     return torch.arange(count) * total // max(count, 1)
-
-
-def _pictures(data: RealData, batch: int) -> Iterator[Tensor]:
-    for ids in torch.arange(len(data)).split(batch):
-        images = data.take(ids).x
-        if images is None:
-            raise InputError(
-                f"data {data.name!r} has no pictures, expected real ones to compare with: choose other data"
-            )
-        yield images

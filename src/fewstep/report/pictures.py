@@ -13,15 +13,18 @@ from torch import Tensor
 from fewstep.core.state import write_bytes
 
 
-def grid_image(pictures: Tensor, columns: int = 0, *, side: int = 0, gap: int = 1) -> Image.Image:
-    """A contact sheet of (N, C, H, W) in [-1, 1]; small ones are enlarged to about ``side`` pixels, unblurred."""
+def grid_image(pictures: Tensor, columns: int = 0, *, side: int = 0, gap: int = 1, paper: int = 255) -> Image.Image:
+    """A contact sheet of (N, C, H, W) in [-1, 1]; small ones are enlarged to about ``side`` pixels, unblurred.
+
+    ``paper`` is the grey level between the pictures, 0 to 255.
+    """
     n, _, height, width = pictures.shape
     columns = columns or max(1, round(n**0.5))
     rows = -(-n // columns)
     levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     if levels.shape[1] != 3:
         levels = levels[:, :1].expand(-1, 3, -1, -1)
-    sheet = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8)
+    sheet = torch.full((3, rows * (height + gap) + gap, columns * (width + gap) + gap), paper, dtype=torch.uint8)
     for i, picture in enumerate(levels):
         y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[:, y : y + height, x : x + width] = picture
