@@ -106,7 +106,7 @@ def spread(values: list[float] | None) -> str:
     if not values:
         return ""
     half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.3f} +- {half:.3f}"
+    return f"{statistics.mean(values):.3f}" + (f" +- {half:.3f}" if len(values) > 1 else "")
 
 
 # Methods that share a card.
@@ -150,7 +150,7 @@ def methods_measured(place: Path = RESULTS, docs: Path = DOCS) -> None:
         "pixels, which a fitted sampler that follows the teacher exactly keeps best; students win there in one "
         "evaluation only. Modes of stacked-digits are counted on 25,600 pictures. Sections that end in -claims compare "
         "settings of one method in short trainings, many of which end long before the method is at its best; a lower "
-        "number is better there too.\n"
+        "number is better there too. Pictures show the three best students at each number of evaluations.\n"
     ]
     for path in sorted(place.glob("methods-*.json")):
         parts.append(task_page(path.stem.removeprefix("methods-"), json.loads(path.read_text()), docs))
@@ -203,13 +203,12 @@ def task_page(name: str, body: dict[str, Any], docs: Path) -> str:
     return text + ("\nNot for this teacher:\n\n" + "\n".join(refused) + "\n" if refused else "")
 
 
-def legible(rows: list[Row], metric: str, most: int = 7) -> list[Row]:
-    """The rows of as many students as can be told apart in one picture, those with the lowest score, and the others."""
-    best: dict[str, float] = {}
-    for row in rows:
-        if row.group == "student":
-            best[row.name] = min(row.metrics[metric], best.get(row.name, float("inf")))
-    kept = sorted(best, key=lambda name: best[name])[:most]
+def legible(rows: list[Row], metric: str, most: int = 3) -> list[Row]:
+    """The rows that one picture can hold: of the students those that are best at some number of evaluations."""
+    kept: set[str] = set()
+    for nfe in {row.nfe for row in rows}:
+        students = [row for row in rows if row.group == "student" and row.nfe == nfe]
+        kept |= {row.name for row in sorted(students, key=lambda row: row.metrics[metric])[:most]}
     return [row for row in rows if row.group != "student" or row.name in kept]
 
 

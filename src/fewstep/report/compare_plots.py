@@ -117,7 +117,7 @@ def _axes_of(axis: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
             continue
         scale("log")
         ratio = max(values) / min(values)
-        subs = (1.0,) if ratio > 1000 else (1.0, 3.0) if ratio > 100 else (1.0, 2.0, 5.0)
+        subs: tuple[float, ...] = (1.0,) if ratio > 1000 else (1.0, 3.0) if ratio > 100 else (1.0, 2.0, 5.0)
         subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if ratio < 5 else subs
         ticks.set_major_locator(LogLocator(subs=subs))
         ticks.set_minor_locator(NullLocator())
