@@ -228,7 +228,7 @@ BAD: list[tuple[str, str]] = [
     ("train --data mixed --out new", "mixed.*resize"),
     ("train --data nan.npy --out new", r"1 of 12 images hold NaN or infinity \(indices 3\)"),
     ("distill sid --teacher gen --data digits --out new", "data-free"),
-    (f"{SCORE} --data stacked-digits", r"\(1, 8, 8\) and stacked-digits has \(3, 8, 8\)"),
+    (f"{SCORE} --data stacked-digits", r"\(1, 8, 8\) and the data stacked-digits has \(3, 8, 8\)"),
     (f"{SCORE} --data grey.npy", "no packaged extractor knows data 'grey'"),
     # metrics
     (f"{SCORE} --n 5", "at least 6 samples, got 5"),
@@ -296,7 +296,10 @@ def test_remarks_of_libraries_are_kept_back(
         logger.setLevel(level)
 
 
-@pytest.mark.parametrize("command", ["sample gen", "evaluate gen", TRAIN, "distill sid --teacher gen", "calibrate gen"])
+@pytest.mark.parametrize(
+    "command",
+    ["sample gen", "evaluate gen", TRAIN, "distill sid --teacher gen", "calibrate gen", "compare gen --nfe 1,2"],
+)
 def test_no_gpu(command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(place)
     # So that the test says the same on a machine that has one.

@@ -29,7 +29,7 @@ from fewstep.cli.candidates import (
     reference,
 )
 from fewstep.core.cond import Classes, Cond
-from fewstep.core.generator import Generator
+from fewstep.core.generator import Generator, check_device
 from fewstep.core.sample import Sampler
 from fewstep.core.state import Run
 from fewstep.core.stored import load_sampler, save_sampler
@@ -108,6 +108,7 @@ class Compare:
             raise InputError(f"--tolerance {self.tolerance}: expected a share of the best score, 0 or above")
         if self.resume and self.out is None:
             raise InputError("--resume needs --out: the folder of the run to go on with")
+        check_device(self.device)
         real = reference(self.data, self.resize)
         measure = Measure.of(
             real,

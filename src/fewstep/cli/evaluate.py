@@ -17,7 +17,7 @@ from fewstep.cli.base import SamplerFlags, SourceFlags, next_folder, recipe_of
 from fewstep.cli.candidates import check_shapes, reference
 from fewstep.core import distributed
 from fewstep.core.cond import Batch, Cond
-from fewstep.core.generator import CONFIG, PIPELINE_INDEX, Generator
+from fewstep.core.generator import CONFIG, PIPELINE_INDEX, Generator, check_device
 from fewstep.core.sample import Sampler
 from fewstep.core.state import Run
 from fewstep.data import SUFFIXES, Data, load_data, walk
@@ -86,8 +86,9 @@ class Evaluate:
     def run(self) -> None:
         """Runs the command."""
         self._check()
+        device = check_device(self.device)
         real = reference(self.data, self.resize)
-        distributed.start(torch.device(self.device))
+        distributed.start(device)
         if is_pictures(self.generator):
             self._pictures(real)
         else:
