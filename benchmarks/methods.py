@@ -38,13 +38,14 @@ from fewstep.distill import DMD2, METHODS
 from fewstep.distill.front import distill
 from fewstep.distill.published import scaled
 from fewstep.distill.several import distill_steps
-from fewstep.errors import InputError, unknown
+from fewstep.errors import CollapseError, InputError, unknown
 from fewstep.train.memory import estimate_memory
 from tasks import Task, task
 
 # Published rates and five updates of the fake score for each of the student leave it, after some hundred iterations,
 # where it began (digits, U-Net, 333 iterations: FD 3.7 in one step). Without momentum the two players do not overshoot.
 QUICK = Optim(lr=3e-4, betas=(0.0, 0.999), clip=10.0)
+HEAVY = replace(QUICK, betas=(0.9, 0.999))
 GAME: dict[str, Any] = {"ratio": 1, "student": QUICK, "fake": QUICK}
 SHORT: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vsd", "swiftbrush", "snoopi", "sdxs", "dmd", "dmd2", "f-distill", "disback", "emd"), GAME),
@@ -64,12 +65,13 @@ class Variant:
     def name(self) -> str:
         """What rows are called: the method, and what was changed of its defaults."""
         plain = self._plain()
-        changed = [f"{k}={v}" for k, v in self.fields.items() if getattr(plain, k) != v]
+        shown = {k: f"lr {v.lr:g} betas {v.betas}" if isinstance(v, Optim) else v for k, v in self.fields.items()}
+        changed = [f"{k}={shown[k]}" for k, v in self.fields.items() if getattr(plain, k) != v]
         return ", ".join([self.method + (f" ({self.start})" if self.start else ""), *changed])
 
     def _plain(self) -> Any:
         kind = METHODS[self.method]
-        return getattr(kind, self.start)() if self.start else kind()
+        return replace(getattr(kind, self.start)() if self.start else kind(), **SHORT.get(self.method, {}))
 
     def made(self, teacher: Generator) -> Any:
         """The method, with learning rates for this teacher's size, or those of :data:`SHORT`."""
@@ -139,6 +141,7 @@ CLAIMS: dict[str, Claim] = {
     "get-vit": pair("get", "an equilibrium against a deeper transformer", {"network": "get"}, {"network": "vit"}),
     "icd-preservation": pair("icd", "cycles that must end where they began", {"preserve": 1.5}, {"preserve": 0.0}),
     "dmd2-gan": pair("dmd2", "the GAN term", {"gan": 3e-3}, {"gan": 0.0}),
+    "dmd2-momentum": pair("dmd2", "no momentum for either player", {}, {"student": HEAVY, "fake": HEAVY}),
     "dmd2-ratio": pair("dmd2", "five updates of the fake score for each of the student", {"ratio": 5}, {"ratio": 1}),
     "f-distill-js": pair(
         "f-distill",
@@ -229,7 +232,7 @@ def main(flags: Flags) -> None:
     for variant in chosen:
         try:
             made = list(students(flags, how, data, teacher, variant))
-        except InputError as error:
+        except (InputError, CollapseError) as error:
             made = [{"name": variant.name, "method": variant.method, "refused": str(error)}]
             print(f"{variant.name}: {error}", flush=True)
         # Read again: another call may have measured other methods meanwhile.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,15 @@ def law_score(law: Mixture, pictures: Tensor, seed: int) -> Scores:
     }
 
 
+# Laws of points in two dimensions.
+PLANE = Task(
+    "",
+    "resmlp",
+    {"width": 128, "embedding": 32, "blocks": 3},
+    3000,
+    512,
+    metrics=("energy", "modes", "mode_kl", "precision"),
+)
 TASKS: dict[str, Task] = {
     "digits": Task("digits", "unet", {}, 3000, lr=3e-3),
     "stacked-digits": Task(
@@ -172,26 +181,8 @@ TASKS: dict[str, Task] = {
     ),
     "cifar8": Task("", "resmlp", {"width": 512, "embedding": 96}, 4000, lr=1.5e-3, metrics=("pixel_fd",), resize=8),
     "cifar32": Task("", "unet", {}, 60_000, lr=1e-3, metrics=("pixel_fd",)),
-    "ring": Task(
-        "",
-        "resmlp",
-        {"width": 128, "embedding": 32, "blocks": 3},
-        3000,
-        512,
-        metrics=("energy", "modes", "mode_kl", "precision"),
-        make=ring_data,
-        score=ring_score,
-    ),
-    "grid25": Task(
-        "",
-        "resmlp",
-        {"width": 128, "embedding": 32, "blocks": 3},
-        3000,
-        512,
-        metrics=("energy", "modes", "mode_kl", "precision"),
-        make=grid25_data,
-        score=grid25_score,
-    ),
+    "ring": replace(PLANE, make=ring_data, score=ring_score),
+    "grid25": replace(PLANE, make=grid25_data, score=grid25_score),
     "sr-digits": Task(elsewhere="super_resolution.py"),
 }
 

@@ -35,28 +35,13 @@ from fewstep.measure import (
 )
 from fewstep.measure.features import WEIGHTS
 from fewstep.measure.modes import classes, coverage_of, histogram
+from real_pictures import Real
 
 torch.set_num_threads(1)
 RAW = load_digits()
 DIGITS = torch.tensor(RAW.images, dtype=torch.float32)[:, None] / 8 - 1
 LABELS = torch.tensor(RAW.target, dtype=torch.int64)
 CLASSIFIER = digits_extractor()
-
-
-class Real:
-    """A data set in memory, with the least that a comparison needs."""
-
-    def __init__(self, name: str, images: torch.Tensor) -> None:
-        self.name, self.images, self.shape = name, images, tuple(images.shape[1:])
-        self.fingerprint = f"{images.double().sum().item()} {tuple(images.shape)}"
-        self.taken = 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, ids: torch.Tensor) -> Batch:
-        self.taken += len(ids)
-        return Batch(self.images[ids], {})
 
 
 def draw(seed: int = 0) -> torch.Generator:

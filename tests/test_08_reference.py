@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.core.cond import Batch
 from fewstep.data import load_data
 from fewstep.errors import InputError
 from fewstep.measure import (
@@ -23,27 +22,12 @@ from fewstep.measure import (
     evaluate,
 )
 from fewstep.measure.stream import Watched
+from real_pictures import Real
 
 torch.set_num_threads(1)
 DATA = load_data("digits")
 DIGITS = DATA.take(torch.arange(len(DATA))).x
 CLASSIFIER = digits_extractor()
-
-
-class Real:
-    """A data set in memory that counts what is taken."""
-
-    def __init__(self, name: str, images: torch.Tensor) -> None:
-        self.name, self.images, self.shape = name, images, tuple(images.shape[1:])
-        self.fingerprint = f"{images.double().sum().item()} {tuple(images.shape)}"
-        self.taken = 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, ids: torch.Tensor) -> Batch:
-        self.taken += len(ids)
-        return Batch(self.images[ids], {})
 
 
 @pytest.fixture

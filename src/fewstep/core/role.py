@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -84,17 +84,20 @@ class Ema:
         if self.rate is not None:
             # The usual ramp: a young average must not remember its random start.
             return min(self.rate, (1 + step) / (10 + step))
-        return (1 - 1 / (step + 1)) ** (self._gamma() + 1)
+        return (1 - 1 / (step + 1)) ** (_exponent(self.power) + 1)
 
-    def _gamma(self) -> float:
-        """The exponent whose power function has this relative standard deviation: solves a monotone cubic."""
-        assert self.power is not None
-        low, high = 0.0, 1e6
-        for _ in range(200):
-            mid = (low + high) / 2
-            width = math.sqrt((mid + 1) / ((mid + 2) ** 2 * (mid + 3)))
-            low, high = (mid, high) if width > self.power else (low, mid)
-        return low
+
+# Asked for in every step.
+@lru_cache
+def _exponent(power: float | None) -> float:
+    """The exponent whose power function has this relative standard deviation: solves a monotone cubic."""
+    assert power is not None
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        mid = (low + high) / 2
+        width = math.sqrt((mid + 1) / ((mid + 2) ** 2 * (mid + 3)))
+        low, high = (mid, high) if width > power else (low, mid)
+    return low
 
 
 @dataclass(frozen=True)
