@@ -93,7 +93,7 @@ def pair(method: str, compared: str, with_: Mapping[str, Any], without: Mapping[
 
 
 # They learn from what `fewstep pairs` makes.
-ON_PAIRS = ("reflow", "slimflow", "get")
+ON_PAIRS = ("reflow", "slimflow", "get", "dmd", "sdxs")
 
 # Both sides are written out, whatever the defaults are; a side that is the default shares its row with the method's.
 CLAIMS: dict[str, Claim] = {
@@ -165,7 +165,10 @@ CLAIMS: dict[str, Claim] = {
         Variant("snoopi"), Variant("swiftbrush", {"guidance": 4.5}), "guidance drawn from a range against its middle"
     ),
     "sdxs-features": pair("sdxs", "features matched beside", {"feature_weight": 1.0}, {"feature_weight": 0.0}),
-    "msd-students": pair("msd", "four students against one", {"students": 4}, {"students": 1}),
+    # Each of the four is trained as long as the one: a picture costs the same.
+    "msd-students": pair(
+        "msd", "four students against one", {"students": 4, "divided": False}, {"students": 1, "divided": False}
+    ),
     "ect-against-ct": Claim(Variant("ect"), Variant("ct"), "pairs whose gap closes against neighbours of a grid"),
 }
 

@@ -26,7 +26,8 @@ from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.state import Run
 from fewstep.data import Images, OnlinePairs, Pairs, make_pairs
 from fewstep.data.pairs import guidance_of
-from fewstep.distill.reflow import Reflow, between, flow_draw, flow_step, straightness
+from fewstep.distill.reflow import Reflow, flow_step
+from fewstep.distill.straightening import between, flow_draw, straightness
 from fewstep.errors import InputError
 from fewstep.guide import CFG, guided
 from fewstep.loss.draw import FlowTime

@@ -288,8 +288,8 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda p: SlimFlow(steps=2), "a student of one step, got steps=2"),
     (lambda p: SlimFlow(shrink=1.5), "0 < shrink, until <= 1"),
     (lambda p: SlimFlow(until=0.0), "0 < shrink, until <= 1"),
-    (lambda p: SlimFlow(guide=-1.0), "guide, probe >= 0"),
-    (lambda p: SlimFlow(guide=math.nan), "guide, probe >= 0, got nan"),
+    (lambda p: SlimFlow(guide=-1.0), "finite guide >= 0"),
+    (lambda p: SlimFlow(guide=math.nan), "guide >= 0, got .*guide=nan"),
     (lambda p: SlimFlow(guide_times=(0.5,)), "two guide_times"),  # type: ignore[arg-type]
     (lambda p: SlimFlow(guide_times=(0.8, 0.2)), "0 < guide_times < 1 in order"),
     (lambda p: SlimFlow(anneal="slowly"), "unknown anneal 'slowly'"),  # type: ignore[arg-type]

@@ -86,15 +86,23 @@ def steps_of(method: type[Any]) -> str:
 def card(name: str) -> str:
     """Purpose, roles, memory, settings, meanings and defaults of a method as Markdown."""
     method = METHODS[name]
-    text, _, attributes = (inspect.getdoc(method) or "").partition("Attributes:")
-    joined = re.sub(r"\n {2,}", " ", inspect.cleandoc(attributes))
-    meanings = dict(re.findall(r"^ *(\w+): (.*)$", joined, re.MULTILINE))
+    text, told = (inspect.getdoc(method) or "").partition("Attributes:")[0], meanings(method)
     lines = [f"## {name}", "", purpose(method), "", text.strip(), "", *facts(name)]
     lines += ["", "| setting | default | meaning |", "|---|---|---|"]
     for key, value in asdict(method()).items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else value
-        lines.append(f"| `{key}` | {shown} | {meanings.get(key, '')} |")
+        lines.append(f"| `{key}` | {shown} | {told[key]} |")
     return "\n".join(lines) + "\n"
+
+
+def meanings(method: type[Any]) -> dict[str, str]:
+    """What each setting is, by the docstring of the class nearest to ``method`` that says so."""
+    found: dict[str, str] = {}
+    for kind in reversed(method.__mro__):
+        attributes = inspect.cleandoc(inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[2])
+        joined = re.sub(r"\n {2,}", " ", attributes)
+        found |= dict(re.findall(r"^ *(\w+): (.*)$", joined, re.MULTILINE))
+    return found
 
 
 def facts(name: str) -> list[str]:

@@ -29,22 +29,8 @@ class AdversarialCD(CD):
     judge pairs. With ``adversarial`` 0 it is consistency distillation, and there are no heads.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
-        middle: its levels between the first and the last, falling. Without any they are evenly spaced on Karras' grid,
-            or for two evaluations 22/39 along it.
-        sigma_min: the level at which the student is the identity. None is 0.002, or the teacher's smallest level where
-            that is higher.
-        sigma_max: the highest level of the grid; None is the teacher's. A flow model needs one, such as 80.
-        rho: of Karras' grid.
-        distance: l2, l1, huber or lpips.
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
-        target: the weights of the target: self (the student's own) or ema (their average ``target_ema``).
         target_ema: the target's average.
         optim: of the student.
-        ema: the average that ships.
-        levels: N, the levels of the grid; it stays the same.
-        solver: the teacher's step, of order 2 with two evaluations or 1 with one.
-        weighted: weights a pair by the inverse of its gap.
         adversarial: weight of the adversarial term; 0 leaves it out.
         after: share of the budget after which the term begins; the heads are trained from the start.
         game: hinge, non-saturating or least-squares.

@@ -40,19 +40,11 @@ class CoDi(Consistency):
     as they are and stand in memory once. Needs data with pictures as conditions, such as sr-digits.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
-        middle: its levels between the first and the last, falling. Without any they are evenly spaced on Karras' grid,
-            or for two evaluations 22/39 along it.
-        sigma_min: the level at which the student is the identity. None is 0.002, or the teacher's smallest level where
-            that is higher.
-        sigma_max: the highest level of the grid; None is the teacher's. A flow model needs one, such as 80.
         rho: of Karras' grid; the paper's grid is even in a DDPM's time.
         distance: l2 (the paper's), l1, huber or lpips.
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         target: the weights of the target: ema (the average ``target_ema``) or self.
         target_ema: the target's average; the paper's 0.99995 goes with 200 000 iterations.
         optim: of the branch; the paper's lr is 8e-6 for a ControlNet of 361 M parameters.
-        ema: the average that ships.
         intervals: of the grid, each of them one DDIM step: 20 or 50 in the paper.
         move: what predicts x0 for that step: free (the frozen teacher, which knows nothing of the picture), or
             controlled (the target).

@@ -43,11 +43,13 @@ class Consistency:
             spaced on Karras' grid, or for two evaluations 22/39 along it, the paper's point for ImageNet-64: 1.38.
         sigma_min: the level at which the student is the identity. None is the published 0.002, or the teacher's
             smallest level where that is higher.
-        sigma_max: the highest level that is trained, and that sampling starts from; None is the teacher's.
+        sigma_max: the highest level that is trained, and that sampling starts from; None is the teacher's. A flow
+            model needs one, such as 80.
         rho: of Karras' grid.
-        distance: between two estimates: mean square, mean absolute value, pseudo-Huber on the whole picture, or LPIPS.
-        features: of LPIPS: see :func:`fewstep.loss.perceptual.distance_of`.
-        target: the weights of the target, which never has a gradient: the student's own, or its average ``target_ema``.
+        distance: between two estimates: l2, l1, huber (on the whole picture) or lpips.
+        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
+        target: the weights of the target, which never has a gradient: self (the student's own) or ema (their average
+            ``target_ema``).
         target_ema: the average that targets are made with, where ``target`` is ema; it does not ship.
         optim: of the student.
         ema: the average that ships.
@@ -170,16 +172,7 @@ class CD(Consistency):
     teacher goes to the next lower level, and the two estimates are drawn together.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
-        middle: its levels between the first and the last, falling. Without any they are evenly spaced on Karras' grid,
-            or for two evaluations 22/39 along it, the paper's point for ImageNet-64: 1.38.
-        sigma_min: the level at which the student is the identity. None is the published 0.002, or the teacher's
-            smallest level where that is higher.
-        sigma_max: the highest level of the grid; None is the teacher's. A flow model needs one, such as 80.
-        rho: of Karras' grid.
         distance: l2, l1, huber, or lpips, the paper's best.
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
-        target: the weights of the target: self (the student's own) or ema (their average ``target_ema``).
         target_ema: the target's average, 0.95 in the paper.
         optim: of the student; the paper's is RAdam with lr 8e-6 for ImageNet-64.
         ema: the average that ships, longer than the target's.

@@ -30,18 +30,10 @@ class CT(Consistency):
     The network starts from the weights that it is given, trained or not. ``CT.original()`` is the first paper's.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
-        middle: its levels between the first and the last, falling; without any as for CD.
-        sigma_min: the level at which the student is the identity. None is the published 0.002, or the model's
-            smallest level where that is higher.
-        sigma_max: the highest level of the grid; None is the model's. A flow model needs one, such as 80.
-        rho: of Karras' grid.
         distance: l2, l1, huber (iCT's) or lpips (the first paper's).
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         target: the weights of the target: self (iCT) or ema (the first paper).
         target_ema: with target ema and without ``mu``, the target's average.
         optim: of the student; iCT's is RAdam with lr 1e-4.
-        ema: the average that ships.
         curriculum: how the grid gets finer: doubling in equal stages (iCT), or growing like a root (first paper).
         first: intervals of the grid at first (s0).
         last: intervals of the grid at the end (s1).
@@ -136,18 +128,7 @@ class ECT(Consistency):
     picture itself: the student starts as the denoiser that it is.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
-        middle: its levels between the first and the last, falling; without any as for CD.
-        sigma_min: the level at which the student is the identity. None is the published 0.002, or the teacher's
-            smallest level where that is higher.
-        sigma_max: the highest level that is drawn; None is the teacher's. A flow model needs one, such as 80.
         rho: of Karras' grid, for the sampler alone.
-        distance: l2, l1, huber or lpips.
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
-        target: the weights of the target: self (the student's own) or ema (their average ``target_ema``).
-        target_ema: the target's average.
-        optim: of the student.
-        ema: the average that ships.
         stages: in which the gap shrinks.
         q: by which the gap shrinks from stage to stage.
         k: how much wider the gap is at low levels.

@@ -46,18 +46,13 @@ class CTM(Consistency):
     from u, at a level s below both. The two are compared after a further jump, by a slow average, to the lowest level.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
         middle: its levels between the first and the last, falling. Without any they are evenly spaced on Karras' grid.
         sigma_min: the lowest level of the grid. None is the published 0.002, or the teacher's smallest level where that
             is higher.
-        sigma_max: the highest level of the grid; None is the teacher's. A flow model needs one, such as 80.
-        rho: of Karras' grid.
         distance: l2, l1, huber, or lpips, the paper's.
-        features: of lpips: own (the packaged network, for digits), teacher (its taps), or the path of LPIPS weights.
         target: the weights of the jump from u: self (the student's own, as published) or ema (``target_ema``).
         target_ema: the average that jumps from s to the lowest level, on both sides; 0.999 in the paper.
         optim: of the student; the paper's lr is 4e-4 for ImageNet-64, 8e-6 with the adversarial term.
-        ema: the average that ships.
         levels: N, the levels of the grid: 18 for CIFAR-10, 40 for ImageNet-64.
         reach: where the teacher goes: soft is any level between t and s (the paper's), local the next level of the
             grid, global s itself.

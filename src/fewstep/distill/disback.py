@@ -43,24 +43,8 @@ class DisBack(DMD2):
         back: share of the rest at whose end the teacher is reached; it stays until the end.
         ready: starts the fake score as the last checkpoint, which fits the student already, else as the teacher.
         degrade: optimizer of the fine-tuning.
-        steps: evaluations of the student.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
-        normaliser: of the difference of scores: sample is DMD2's.
-        draw: noise levels at which student and teacher are compared.
         fake_draw: noise levels of the fake score's, the checkpoints' and the discriminator's training.
-        ratio: updates of the fake score for each of the student.
-        student: optimizer of the student.
-        fake: optimizer of the fake score and of the discriminator.
-        ema: the average that ships.
-        gan: weight of the GAN term in the student's loss; 0 leaves it out, and then no data are needed.
-        critic: weight of the discriminator's loss beside the fake score's.
         features: what the discriminator reads: fake, because the teacher changes under way.
-        taps: names of the activations; without any the bottleneck, or a transformer's middle block.
-        hidden: width of the discriminator's head.
-        lean: makes the student's samples twice, so that its graph and that of the GAN term are never held together: the
-            same gradients with less memory, for one forward pass of the student more in each of its updates.
     """
 
     any_steps: ClassVar[bool] = False

@@ -38,14 +38,8 @@ class DMD(VSD):
             learns fresh ones alone.
         steps: 1: the student has one step.
         levels: the level that it is evaluated at, alone in a tuple.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
         normaliser: of the difference of scores: sample is the paper's.
-        draw: noise levels at which student and teacher are compared.
-        fake_draw: noise levels of the fake score's training.
         ratio: updates of the fake score for each of the student; the paper's is 1.
-        student: optimizer of the student.
-        fake: optimizer of the fake score.
-        ema: the average that ships.
     """
 
     any_steps: ClassVar[bool] = False

@@ -32,17 +32,10 @@ class DMD2(VSD):
     of the steps before.
 
     Attributes:
-        steps: evaluations of the student.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
         normaliser: of the difference of scores: sample is the paper's.
-        draw: noise levels at which student and teacher are compared.
         fake_draw: noise levels of the fake score's and the discriminator's training.
         ratio: updates of the fake score for each of the student; 5 in the paper, 10 for Stable Diffusion 1.5.
         student: optimizer of the student; the paper's lr is 2e-6 for ImageNet-64.
-        fake: optimizer of the fake score and of the discriminator.
-        ema: the average that ships.
         gan: weight of the GAN term in the student's loss; 0 leaves it out, and then no data are needed.
         critic: weight of the discriminator's loss beside the fake score's.
         features: what the discriminator reads: fake, whose features it trains too (the paper's), or teacher.

@@ -59,17 +59,7 @@ class EMD(VSD):
             mean is kept where latents rest; moving ones know of that part, which widens the student if they move far.
         integrator: euler adds noise of variance twice the step, exact as much as leaves the unit normal prior as it is.
         steps: evaluations of the student; in each of several the latent is the noise that was added before it.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
-        normaliser: of the regression's direction: sample is DMD's, vp SwiftBrush's weight in its own time, none 1, with
-            which the squared error counts alike at all levels.
         draw: noise levels of the chains.
-        fake_draw: noise levels of the fake score's training.
-        ratio: updates of the fake score for each of the student.
-        student: optimizer of the student.
-        fake: optimizer of the fake score.
-        ema: the average that ships.
     """
 
     chain: int = 16

@@ -29,24 +29,7 @@ class FDistill(DMD2):
             forward-kl or jeffreys.
         bins: of noise levels, even in their logarithm, in each of which the ratio is divided by its mean first; 0
             divides by none. The paper's are even in the level itself.
-        steps: evaluations of the student.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
-        normaliser: of the difference of scores: sample is the paper's.
-        draw: noise levels at which student and teacher are compared.
-        fake_draw: noise levels of the fake score's and the discriminator's training.
-        ratio: updates of the fake score for each of the student.
-        student: optimizer of the student.
-        fake: optimizer of the fake score and of the discriminator.
-        ema: the average that ships.
         gan: weight of the GAN term in the student's loss; above 0, because the ratio is the discriminator's.
-        critic: weight of the discriminator's loss beside the fake score's.
-        features: what the discriminator reads: fake, whose features it trains too, or teacher.
-        taps: names of the activations; without any the bottleneck, or a transformer's middle block.
-        hidden: width of the discriminator's head.
-        lean: makes the student's samples twice, so that its graph and that of the GAN term are never held together: the
-            same gradients with less memory, for one forward pass of the student more in each of its updates.
     """
 
     divergence: str = "jensen-shannon"

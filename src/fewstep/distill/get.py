@@ -15,7 +15,7 @@ from fewstep.core.noise import Noise
 from fewstep.core.role import Ema, Models, Optim, Role, Update
 from fewstep.core.tableau import Tableau
 from fewstep.data.pairs import OnlinePairs, Pairs, require_pairs
-from fewstep.distill.reflow import paired
+from fewstep.distill.straightening import paired
 from fewstep.errors import InputError, unknown
 from fewstep.loss.huber import pseudo_huber
 from fewstep.models.get import GRADIENTS, GETConfig, Gradient, OneLevel, ViTConfig, one_level, transformer

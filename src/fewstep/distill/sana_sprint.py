@@ -33,23 +33,11 @@ class SanaSprint(SCM):
     pure noise. One student serves one to four evaluations.
 
     Attributes:
-        steps: evaluations of the shipped sampler; training is the same for all.
         middle: angles t = atan(sigma / sigma_data) of the sampler between the first level and 0, falling, ``steps - 1``
             of them. Without any: 1.3 for two evaluations, as published, otherwise evenly spaced.
         source: of the trajectories: teacher, as published, or data.
-        sigma_data: spread of the data in TrigFlow's angle; None is the teacher's own number.
-        sigma_max: the highest level that is trained, and that sampling starts from; None is the teacher's.
-        mean: of ln sigma in the draw of levels.
-        std: of ln sigma in that draw.
-        tame: of the tangent: norm (its root mean square is put below 1), clip (entries within [-1, 1]) or none.
-        constant: c in norm's g / (|g| + c).
-        warmup: share of the run in which the unstable part of the tangent grows from 0 to full; 0 starts in full.
-        prior: whether losses are weighed by 1 / sigma.
         adaptive: whether the variance of the consistency loss at each level is learned and divided out.
-        tangent: how it is computed: forward (exact), difference (central differences), or auto.
         optim: of the student; the paper's is CAME with lr 2e-6.
-        variance: of the learned variance.
-        ema: the average that ships.
         consistency: weight of the consistency loss; 0 leaves it and its cost out.
         adversarial: weight of the adversarial loss; 0 leaves it, its heads and their cost out.
         game: form of the adversarial loss: hinge, as published, or non-saturating.

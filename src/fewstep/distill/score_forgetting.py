@@ -30,18 +30,8 @@ class ScoreForgetting(SiD):
         forgetting: weight of the forgotten classes in the student's loss; 0.01 in the paper, beside 1 of the others.
         fake_forgetting: weight of the forgotten classes in the fake score's loss; 0.01 in the paper.
         alpha: weight of the squared difference; 1.2 in the paper.
-        sigma_init: the student's only noise level, as scale and as condition.
-        draw: noise levels of the student's loss, held within the teacher's.
-        fake_draw: noise levels of the fake score's, held within the teacher's.
-        kappa_train: guidance scale of the fake score while it learns; 1 is none.
-        kappa_fake: guidance scale of the fake score in the student's loss.
-        kappa_teacher: guidance scale of the teacher; 1 leaves it as it is.
         student: optimizer of the student. The paper's lr is 1e-5 for CIFAR-10.
         fake: optimizer of the fake score; 1e-5, or 3e-5 where the student starts from a distilled one.
-        ema: the average that ships.
-        lean: takes the student's update in three parts of the batch, one after the other, because it needs the graphs
-            of three networks at once: the same gradients with a third of the memory. Parts have at least
-            4 samples, so that a batch below 8 is taken whole.
     """
 
     forget: tuple[int, ...] = (0,)

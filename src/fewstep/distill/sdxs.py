@@ -55,14 +55,7 @@ class SDXS(VSD):
         anneal: share of the second part after which the threshold is at its end.
         steps: 1: the student has one step.
         levels: the level that it is evaluated at, alone in a tuple.
-        sigma_init: the level that the student starts from; None is the teacher's highest, which the pairs need.
-        normaliser: of the difference of scores: sample is DMD's, none Diff-Instruct's, vp SwiftBrush's.
-        draw: noise levels at which student and teacher are compared.
         fake_draw: noise levels of the fake score's training, and of the imitation.
-        ratio: updates of the fake score for each of the student.
-        student: optimizer of the student.
-        fake: optimizer of the fake score.
-        ema: the average that ships.
     """
 
     needs_data: ClassVar[bool] = True

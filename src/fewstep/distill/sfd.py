@@ -225,17 +225,11 @@ class SFDv(SFD):
 
     Attributes:
         steps: evaluations of the shipped sampler, one of ``counts``; training is the same for all.
-        between: teacher levels put between two of the student's (the paper's M = 3).
         sigma_min: the level that the student arrives at; None is 0.006, or the teacher's smallest if that is higher.
-        rho: of the Karras grid.
         optim: the paper's lr is 5e-5 for 50 M parameters, over four times the budget of SFD.
-        ema: the average that ships; the paper keeps none.
         grid: karras, or native for flow models.
         afs: the analytical first step, which the paper's SFD-v has.
         solver: of the teacher: dpmpp3m (the paper's), dpmpp2m or euler.
-        distance: l1, the paper's, or l2.
-        perceptual: weight of LPIPS in the last step; 0 leaves it out.
-        features: of LPIPS: own, teacher or a path.
         counts: the evaluations that are trained, drawn alike; 2 to 5 in the paper.
     """
 

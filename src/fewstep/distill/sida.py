@@ -39,18 +39,8 @@ class SiDA(SiD):
         gan_after: share of the budget after which the GAN starts; above 0 SiD alone comes first (the paper's SiD2A).
         tap: name of the encoder's output; without one the encoder's last activation, or the bottleneck.
         alpha: weight of the squared difference; 1 in the paper.
-        sigma_init: the student's only noise level, as scale and as condition.
-        draw: noise levels of the student's loss, held within the teacher's.
         fake_draw: noise levels of the fake score's, and of what it judges, held within the teacher's.
-        kappa_train: guidance scale of the fake score while it learns; 1 is none.
-        kappa_fake: guidance scale of the fake score in the student's loss.
-        kappa_teacher: guidance scale of the teacher; 1 leaves it as it is.
         student: optimizer of the student. The paper's lr is 1e-5 at 56 M parameters.
-        fake: optimizer of the fake score.
-        ema: the average that ships.
-        lean: takes the student's update in three parts of the batch, one after the other, because it needs the graphs
-            of three networks at once: the same gradients with a third of the memory. Parts have at least
-            4 samples, so that a batch below 8 is taken whole.
     """
 
     gan: float = 1e-4

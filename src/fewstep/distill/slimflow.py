@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,26 +16,22 @@ from fewstep.core.denoiser import Denoiser, Precond, start_std
 from fewstep.core.generator import Generator
 from fewstep.core.network import build_network, describe_network
 from fewstep.core.noise import Noise
-from fewstep.core.options import Budget
 from fewstep.core.path import widen
-from fewstep.core.role import Ema, Models, Optim, Role, Update
-from fewstep.core.tableau import Tableau
-from fewstep.data.pairs import OnlinePairs, Pairs, require_pairs
-from fewstep.distill.reflow import Reflow, Stage, between, flow_draw, mirrored, paired, run_stages
+from fewstep.core.role import Models, Role, Update
+from fewstep.distill.straightening import Stage, Straightening, between, flow_draw, mirrored, paired
 from fewstep.errors import InputError, unknown
-from fewstep.loss.draw import FlowTime
-from fewstep.loss.perceptual import DISTANCES, DistanceName, distance_in, distance_roles
+from fewstep.loss.perceptual import distance_in
 from fewstep.models.frozen import frozen, network_under
-from fewstep.train.flow_matching import flow_sampler
 
 Anneal = Literal["linear", "exponential", "cosine", "none"]
 ANNEALS = ("linear", "exponential", "cosine", "none")
+LEGS = ("student", "flow")
 # What a configuration calls its width, and what it must be a multiple of.
 WIDTHS = {"channels": 8, "width": 8}
 
 
 @dataclass(frozen=True)
-class SlimFlow:
+class SlimFlow(Straightening):
     """A fresh smaller network learns a straight flow from the teacher's pairs, then to do it in one step.
 
     At first its noises are independent of the pictures, as in flow matching, and slowly become those of the pairs.
@@ -54,22 +48,10 @@ class SlimFlow:
         guide_times: flow times, from the noise, at which the second step of the guide begins; drawn uniformly.
         first_leg: who takes the guide's first step: student (the paper's) or flow.
         fresh: distils on pairs of the small flow; without, on the teacher's, as published.
-        stage: of a single stage: reflow or distil.
-        distance: of the distillation: l2, l1, huber or lpips (the paper's best); the flow is trained with l2.
-        features: of lpips: own (digits), teacher, or the path of published weights.
-        draw: the times that the flow is trained at: uniform in the paper.
         flip: turns picture and noise over together, at random; the paper does.
-        ode_steps: Heun steps of the small flow where its own pairs are made.
-        share: of the budget that distillation gets.
-        probe: pictures that straightness is measured with after each stage; 0 for none.
         optim: of both stages; the paper's lr is 2e-4, for 3 to 28 M parameters. Fewer want more: 4e-3 for 0.08 M.
-        ema: the average that ships; the paper's rate is 0.999999.
     """
 
-    needs_data: ClassVar[bool] = True
-    any_steps: ClassVar[bool] = False
-
-    steps: int = 1
     shrink: float = 0.5
     anneal: Anneal = "linear"
     until: float = 0.6
@@ -77,32 +59,17 @@ class SlimFlow:
     guide_times: tuple[float, float] = (0.2, 0.8)
     first_leg: Literal["student", "flow"] = "student"
     fresh: bool = False
-    stage: Literal["reflow", "distil"] = "distil"
-    distance: DistanceName = "l2"
-    features: str = "own"
-    draw: FlowTime = FlowTime()
-    flip: bool = False
-    ode_steps: int = 16
     share: float = 0.4
-    probe: int = 256
-    optim: Optim = Optim(lr=2e-4, warmup=100, decay="cosine", clip=1.0)
-    ema: Ema = Ema(power=0.05)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps != 1:
             raise InputError(f"SlimFlow trains a student of one step, got steps={self.steps}: for more use reflow")
-        if not 0 < self.shrink <= 1 or not 0 < self.until <= 1 or not 0 < self.share < 1 or self.ode_steps < 1:
-            raise InputError(f"SlimFlow needs 0 < shrink, until <= 1, 0 < share < 1 and ode_steps >= 1, got {self}")
-        if not 0 <= self.guide < math.inf or self.probe < 0:
-            raise InputError(f"SlimFlow needs finite guide, probe >= 0, got {self.guide} and {self.probe}")
+        if not 0 < self.shrink <= 1 or not 0 < self.until <= 1 or not 0 <= self.guide < math.inf:
+            raise InputError(f"SlimFlow needs 0 < shrink, until <= 1 and finite guide >= 0, got {self}")
         if len(self.guide_times) != 2 or not 0 < self.guide_times[0] <= self.guide_times[1] < 1:
             raise InputError(f"SlimFlow needs two guide_times, 0 < guide_times < 1 in order, got {self.guide_times}")
-        for what, value, known in (
-            ("anneal", self.anneal, ANNEALS),
-            ("first_leg", self.first_leg, ("student", "flow")),
-            ("stage", self.stage, ("reflow", "distil")),
-            ("distance", self.distance, DISTANCES),
-        ):
+        for what, value, known in (("anneal", self.anneal, ANNEALS), ("first_leg", self.first_leg, LEGS)):
             if value not in known:
                 raise unknown(what, value, known)
 
@@ -112,14 +79,11 @@ class SlimFlow:
         Raises:
             InputError: a denoiser without a network, or one that predicts noise and starts at pure noise.
         """
-        Reflow(stage="reflow").roles(teacher)
-        made = network_under(teacher.denoiser)
-        out = {"student": Role(lambda: copy.deepcopy(made), self.optim, self.ema, ships=True)}
-        if self.stage == "reflow":
-            return out
+        found = super().roles(teacher)
+        if self.stage == "reflow" or not self.guide:
+            return found
         whole = frozen(teacher.denoiser)
-        out |= {"flow": Role(lambda: whole)} if self.guide else {}
-        return out | distance_roles(self.distance, teacher, self.features)
+        return found | {"flow": Role(lambda: whole)}
 
     def step(self, m: Models, batch: Batch, i: int, noise: Noise) -> Iterator[Update]:
         """One stage's update on pairs."""
@@ -174,42 +138,22 @@ class SlimFlow:
 
         return Update("student", loss)
 
-    def sampler(self, teacher: Generator) -> Tableau:
-        """One Euler step."""
-        return flow_sampler(teacher.denoiser, 1)
-
-    def check(self, teacher: Generator, data: Any) -> Pairs | OnlinePairs:
-        """See :meth:`Reflow.check`."""
-        return require_pairs(data, teacher, "SlimFlow")
-
-    def run(
-        self, teacher: Generator, data: Any, *, out: str | Path, budget: str | int | Budget, **options: Any
-    ) -> Generator:
-        """Both stages, from pairs that ``teacher`` made; see :func:`fewstep.distill.reflow.run_stages`.
+    def stages(self, teacher: Generator, options: Mapping[str, Any]) -> list[Stage]:
+        """The small flow, then its distillation.
 
         Raises:
-            InputError: data that are no pairs of this teacher, a network that cannot be made smaller, or LoRA on one
-                that has no trained weights.
+            InputError: a network that cannot be made smaller, or LoRA on one that has no trained weights.
         """
-        pairs = self.check(teacher, data)
-        self.roles(teacher)
         if options.get("lora") is not None:
             raise InputError(
                 "SlimFlow trains a network from scratch, which LoRA layers cannot stand on: leave LoRA out"
             )
-        seed = int(options.get("seed", 0))
-        small = partial(slimmer, shrink=self.shrink, seed=seed)
-        begin = replace(teacher, denoiser=network_under(teacher.denoiser))
-        small(begin)
-        stages = [
+        small = partial(slimmer, shrink=self.shrink, seed=int(options.get("seed", 0)))
+        small(teacher)
+        return [
             Stage("reflow", replace(self, stage="reflow"), 1 - self.share, False, small),
             Stage("distil", replace(self, stage="distil"), self.share, self.fresh),
         ]
-        facts = {"method": "SlimFlow", "settings": asdict(self), "from": teacher.fingerprint()}
-        return run_stages(
-            begin, pairs, stages, out=out, budget=budget, facts=facts, ode_steps=self.ode_steps, probe=self.probe,
-            flow=teacher, **options,
-        )  # fmt: skip
 
 
 def two_steps(flow: Denoiser, x0: Tensor, n: Tensor, from_noise: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -24,21 +24,6 @@ class SNOOPI(SwiftBrush):
     Attributes:
         guidance_range: lowest and highest scale, drawn evenly; both at least 1.
         guidance: of SwiftBrush; stays None, because the range stands in for it.
-        times: shares of the teacher's own time between which the compared levels are drawn evenly; () takes
-            ``draw`` and ``fake_draw`` instead. A teacher whose time is the level itself has that of VP's linear betas.
-        fake_weight: of the fake score's squared error, with ``times``: noise is the published one of the noise
-            prediction, ``1 / (sigma^2 (1 + sigma^2))`` in x0; edm is EDM's.
-        steps: evaluations of the student; 1 in the paper.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
-        normaliser: of the difference: vp is the paper's, sample DMD's, none Diff-Instruct's.
-        draw: noise levels at which student and teacher are compared, with ``times`` ().
-        fake_draw: noise levels of the fake score's training, with ``times`` ().
-        ratio: updates of the fake score for each of the student.
-        student: optimizer of the student.
-        fake: optimizer of the fake score; a LoRA on the teacher in the paper.
-        ema: the average that ships.
     """
 
     guidance_range: tuple[float, float] = (1.5, 7.5)

@@ -40,16 +40,8 @@ class SwiftBrush(VSD):
         fake_weight: of the fake score's squared error, with ``times``: noise is the published one of the noise
             prediction, ``1 / (sigma^2 (1 + sigma^2))`` in x0; edm is EDM's.
         steps: evaluations of the student; 1 in the paper.
-        levels: those that it is evaluated at, falling, ``steps`` of them; the first is its start. Without any they
-            are spaced as Karras', or evenly in a flow model's time, from ``sigma_init``.
-        sigma_init: the level that the student starts from; None is the teacher's highest.
-        normaliser: of the difference: vp is the paper's, sample DMD's, none Diff-Instruct's.
-        draw: noise levels at which student and teacher are compared, with ``times`` ().
-        fake_draw: noise levels of the fake score's training, with ``times`` ().
-        ratio: updates of the fake score for each of the student.
         student: optimizer of the student; the paper's lr is 1e-6, for 866 M parameters.
         fake: optimizer of the fake score; the paper's lr is 1e-3, for LoRA layers of rank 64.
-        ema: the average that ships.
     """
 
     guidance: float | None = None
