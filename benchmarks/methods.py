@@ -50,6 +50,16 @@ GAME: dict[str, Any] = {"ratio": 1, "student": QUICK, "fake": QUICK}
 SHORT: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vsd", "swiftbrush", "snoopi", "sdxs", "dmd", "dmd2", "f-distill", "disback", "emd"), GAME),
     "msd": {"inner": DMD2(**GAME)},
+    # The published network is four times the teacher here; the twin has the same number of blocks to run, none shared.
+    "get": {
+        "width": 64,
+        "depth": 2,
+        "tied": 2,
+        "tied_mlp": 4.0,
+        "iterations": 4,
+        "vit_depth": 10,
+        "optim": Optim(lr=2e-3, warmup=100, decay="cosine", clip=1.0),
+    },
 }
 
 

@@ -19,9 +19,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fewstep import Generator, edm
 from fewstep.core.cond import Batch, Classes
 from fewstep.core.denoiser import Precond
 from fewstep.core.fit import _Loop, build_models
-from fewstep.core.memory import Live
 from fewstep.core.noise import Noise
 from fewstep.core.options import FitOptions
 from fewstep.core.path import FLOW
@@ -47,11 +43,11 @@ from fewstep.data.conditions import ConditionsOnly
 from fewstep.distill import METHODS
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
-from fewstep.loss.tangent import directional
 from fewstep.models import UNet, UNetConfig
 from fewstep.solve.euler import euler
 from fewstep.solve.heun import heun
 from fewstep.train.memory import estimate_memory
+from passes import Call, activations, recording, replay
 
 # 0.19 and 1.7 million parameters.
 SIZES: dict[str, tuple[UNetConfig, int]] = {
@@ -78,49 +74,6 @@ class Flags:
     sizes: tuple[str, ...] = ("small", "large")
     repeats: int = 15
     results: Path = Path("benchmarks/results")
-
-
-@dataclass
-class Call:
-    """One recorded pass of a network.
-
-    Attributes:
-        module: that was called.
-        name: its method, forward or features.
-        leaves: its inputs, flat and detached.
-        form: what the leaves were.
-        inputs: which of them had a gradient.
-        weights: whether its weights had one.
-        tangents: of the inputs, where the pass carried forward-mode derivatives.
-        gradients: that came back, by the place of the output.
-    """
-
-    module: nn.Module
-    name: str
-    leaves: list[Any]
-    form: Any
-    inputs: tuple[int, ...]
-    weights: bool
-    tangents: dict[int, Tensor]
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """F, F+B to the weights, the input or both, or JVP."""
-        if self.tangents:
-            return "JVP"
-        if not self.gradients:
-            return "F"
-        return "F+B" + ("(weights)" if self.weights else "") + ("(input)" if self.inputs else "")
-
-    def run(self, leaves: list[Any]) -> list[Any]:
-        """The pass on other leaves; its outputs, flat."""
-        args, kwargs = tree_unflatten(leaves, self.form)
-        return tree_leaves(getattr(self.module, self.name)(*args, **kwargs))
-
-    def opened(self) -> list[Any]:
-        """The leaves as they are, those that had a gradient ready for one."""
-        return [a.clone().requires_grad_() if i in self.inputs else a for i, a in enumerate(self.leaves)]
 
 
 class Random:
@@ -164,97 +117,6 @@ def teachers(config: UNetConfig) -> Iterator[Generator]:
             D = Precond(net, config.shape, path=FLOW, predicts="velocity", sigma_min=1e-3, sigma_max=1e8)
             sampler = euler(torch.tensor([1e8, 1.0, 0.0], dtype=torch.float64))
         yield Generator(D, sampler, None, Classes((1 / 3,) * 3))
-
-
-@contextmanager
-def recording(calls: list[Call], others: list[nn.Module]) -> Iterator[None]:
-    """Collects the outermost passes of every denoiser, and of the kinds of ``others``, in order."""
-    depth = 0
-    places = [(Precond, name) for name in ("forward", "features", "activations")]
-    places += [(kind, "forward") for kind in {type(m) for m in others}]
-    originals: list[tuple[type, str, Callable[..., Any]]] = [(k, n, getattr(k, n)) for k, n in places]
-
-    def wrap(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def passes(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            if depth:
-                return original(self, *args, **kwargs)
-            call, depth = call_of(self, name, args, kwargs), depth + 1
-            try:
-                made = original(self, *args, **kwargs)
-            finally:
-                depth -= 1
-            calls.append(call)
-            for i, out in enumerate(tree_leaves(made)):
-                if isinstance(out, Tensor) and out.requires_grad and not call.tangents:
-                    out.register_hook(lambda g, i=i: call.gradients.__setitem__(i, g.detach().clone()))
-            return made
-
-        return passes
-
-    for kind, name, original in originals:
-        setattr(kind, name, wrap(original, name))
-    try:
-        yield
-    finally:
-        for kind, name, original in originals:
-            setattr(kind, name, original)
-
-
-def call_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """What is known of a pass before it: the inputs as plain tensors, and what of them is differentiated."""
-    leaves, form = tree_flatten((args, kwargs))
-    tangents: dict[int, Tensor] = {}
-    plain: list[Any] = []
-    inputs: list[int] = []
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            plain.append(leaf)
-            continue
-        value, dual = unwrapped(leaf)
-        plain.append(value)
-        if dual and value.is_floating_point():
-            tangents[i] = torch.ones_like(value)
-        elif leaf.requires_grad and torch.is_grad_enabled():
-            inputs.append(i)
-    weights = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-    return Call(module, name, plain, form, tuple(inputs), weights, tangents)
-
-
-def unwrapped(x: Tensor) -> tuple[Tensor, bool]:
-    """The numbers of a tensor within forward-mode differentiation of either kind, and whether it is within one."""
-    dual = False
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x, dual = torch._C._functorch.get_unwrapped(x), True
-    if forward_ad._current_level >= 0:
-        value, tangent = forward_ad.unpack_dual(x)
-        x, dual = value, dual or tangent is not None
-    return x.detach().clone(), dual
-
-
-def replay(call: Call) -> None:
-    """The bare pass: what the equations need of the network, and nothing else."""
-    if call.tangents:
-        places = tuple(call.tangents)
-
-        def of(*moved: Tensor) -> Tensor:
-            leaves = list(call.leaves)
-            for i, value in zip(places, moved, strict=True):
-                leaves[i] = value
-            return next(out for out in call.run(leaves) if isinstance(out, Tensor))
-
-        directional(of, [call.leaves[i] for i in places], list(call.tangents.values()))
-        return
-    if not call.gradients:
-        with torch.no_grad():
-            call.run(call.leaves)
-        return
-    call.module.requires_grad_(call.weights)
-    outs = call.run(call.opened())
-    torch.autograd.backward([outs[i] for i in call.gradients], list(call.gradients.values()))
-    for p in call.module.parameters():
-        p.grad = None
-    call.module.requires_grad_(False)
 
 
 def prepared(name: str, config: UNetConfig, batch: int) -> tuple[Any, Generator, Loop]:
@@ -360,19 +222,6 @@ def memory(method: Any, teacher: Generator, config: UNetConfig, batch: int, call
     roles = found.roles.values()
     kept = sum(r.weights + r.optimizer + r.ema for r in roles) + max(r.gradients for r in roles)
     return {"peak_bytes": found.total, "allowed_bytes": round(1.15 * (kept + one)), "memory": "estimated"}
-
-
-def activations(call: Call) -> int:
-    """Bytes of a pass at their most: what it keeps for its backward pass and what it needs while it runs."""
-    call.module.requires_grad_(call.weights)
-    live, leaves = Live(), call.opened()
-    live.add(call.module.parameters())
-    live.add(a for a in leaves if isinstance(a, Tensor))
-    before = live.now
-    with live:
-        call.run(leaves)
-    call.module.requires_grad_(False)
-    return live.peak - before
 
 
 def main(flags: Flags) -> None:

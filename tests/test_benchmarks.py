@@ -26,7 +26,7 @@ def programs() -> Iterator[dict[str, ModuleType]]:
     """The programs as modules, importable as when they run as scripts."""
     sys.path.insert(0, str(BENCHMARKS))
     threads = torch.get_num_threads()
-    names = ("loops", "overhead", "solvers", "tasks", "methods", "steps")
+    names = ("loops", "overhead", "solvers", "tasks", "methods", "passes", "steps")
     yield {name: importlib.import_module(name) for name in names}
     torch.set_num_threads(threads)
     sys.path.remove(str(BENCHMARKS))
