@@ -17,8 +17,8 @@ from fewstep.core.role import Optim
 from fewstep.core.stored import load_sampler
 from fewstep.core.tableau import Tableau
 from fewstep.data import Images
-from fewstep.distill import CD, METHODS, SFD, MeanFlow, Progressive, SFDv, SiD, distill
-from fewstep.distill.published import HIGHEST, PUBLISHED, optimizers, parameters_of, scaled, suggested, told
+from fewstep.distill import CD, DMD2, METHODS, MSD, SFD, MeanFlow, Progressive, SFDv, SiD, distill
+from fewstep.distill.published import HIGHEST, PUBLISHED, SMALL, leaves, parameters_of, scaled, small, suggested, told
 from fewstep.distill.several import SAMPLERS, check_steps, distill_steps
 from fewstep.errors import InputError
 from fewstep.models.frozen import network_under
@@ -166,7 +166,7 @@ def test_pictures_that_the_teacher_cannot_take_are_refused_before_a_folder_is_ma
 def test_every_published_row_names_optimizers_of_its_method() -> None:
     assert set(PUBLISHED) <= set(METHODS)
     for name, row in PUBLISHED.items():
-        assert row.parameters > 1e6 and row.source and set(row.lr) <= set(optimizers(METHODS[name]())), name
+        assert row.parameters > 1e6 and row.source and {f"{k}.lr" for k in row.lr} <= set(leaves(METHODS[name]())), name
         known = row.batch is not None and row.iterations is not None
         assert row.images == (row.batch * row.iterations if known else None)
 
@@ -183,7 +183,7 @@ def test_rates_follow_the_root_of_the_size_up_to_a_ceiling() -> None:
         assert scaled(SFD(), teacher).optim.lr == pytest.approx(2.5e-5)
         patch.setitem(PUBLISHED, "sfd", replace(row, parameters=own * 1e6))
         assert scaled(SFD(), teacher).optim.lr == HIGHEST
-    kept = scaled(SiD(student=Optim(lr=3e-3)), teacher, fixed=("student",))
+    kept = scaled(SiD(student=Optim(lr=3e-3)), teacher, fixed=("student.lr",))
     assert kept.student.lr == 3e-3 and kept.fake.lr != SiD().fake.lr
     papers = scaled(SiD(), teacher, published=True)
     assert (papers.student.lr, papers.fake.lr) == (1e-5, 1e-5)
@@ -198,6 +198,26 @@ def test_what_was_set_is_told_in_one_line() -> None:
     line = told(SiD(), scaled(SiD(), teacher), teacher)
     assert line is not None and "\n" not in line and "--student.lr" in line and "--published" in line
     assert told(SiD(), SiD(), teacher) is None
+
+
+def test_small_networks_have_settings_of_their_own_unless_they_are_given() -> None:
+    teacher, method = tiny(), DMD2()
+    made = scaled(method, teacher)
+    assert (made.ratio, made.student.lr, made.student.betas, made.fake.clip) == (1, 3e-4, (0.0, 0.999), 10.0)
+    assert made == small(method) and made.gan == method.gan
+    kept = scaled(method, teacher, fixed=("ratio", "fake.lr"))
+    assert (kept.ratio, kept.fake.lr, kept.student.lr) == (5, method.fake.lr, 3e-4)
+    assert scaled(method, teacher, published=True).ratio == 5
+    inner = scaled(MSD(), teacher).inner
+    assert (inner.ratio, inner.student.betas) == (1, (0.0, 0.999))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.distill.published.SMALL_BELOW", parameters_of(teacher))
+        assert scaled(method, teacher).ratio == 5
+    line = told(method, made, teacher)
+    assert line is not None and "--ratio 1" in line and "--student.betas 0 0.999" in line
+    assert "--student.lr 0.0003 (published 2e-06)" in line
+    for name, found in SMALL.items():
+        assert set(found) <= set(leaves(METHODS[name]())), name
 
 
 def test_a_method_without_a_row_keeps_its_rates() -> None:
@@ -219,7 +239,7 @@ def test_suggested_budgets_follow_the_smaller_of_passes_and_parameters() -> None
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: scaled(SFD(), tiny(), fixed=("student",)), "no optimizer 'student', only optim"),
+        (lambda: scaled(SFD(), tiny(), fixed=("student",)), "no setting 'student', only steps"),
         (lambda: suggested("cd", tiny(), 0), "0 pictures of data"),
         (lambda: parameters_of(replace(tiny(), denoiser=lambda *a: None)), "no network"),
     ],

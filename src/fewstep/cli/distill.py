@@ -17,7 +17,7 @@ from fewstep.core.generator import Generator
 from fewstep.core.options import FitOptions
 from fewstep.data import load_data
 from fewstep.distill import METHODS, distill
-from fewstep.distill.published import optimizers, scaled, told
+from fewstep.distill.published import leaves, scaled, told
 from fewstep.distill.several import SAMPLERS, distill_steps
 from fewstep.errors import InputError, unknown
 from fewstep.models.lora import LoRA
@@ -28,15 +28,16 @@ from fewstep.train.run import options_of
 class Distill:
     """Distils a teacher.
 
-    Where no learning rate is given, the published one is carried over to the size of the network, and told. With a
-    list, such as --steps 1,2,4, there is a student or a sampler for every number of steps.
+    Where no learning rate is given, the published one is carried over to the size of the network, and told; so are
+    other settings that networks below 10 M parameters need. With a list, such as --steps 1,2,4, there is a student or a
+    sampler for every number of steps.
 
     Attributes:
         teacher: the generator to distil: a folder of fewstep or diffusers, a Hub id, or a checkpoint.
         name: the method.
         several: the numbers of --steps, where those are several.
-        fixed: the optimizers whose learning rate was given.
-        published: takes the paper's own learning rates, whatever the size of the network.
+        fixed: the method's settings that were given.
+        published: takes the paper's own learning rates and settings, whatever the size of the network.
         data: pictures, for methods that learn from data.
         resize: side that encoded images are resized to, in pixels.
         lora: rank of LoRA layers that are trained instead of copies of the teacher; full copies without one.
@@ -89,7 +90,7 @@ class Distill:
             Console(stderr=True).print(line, highlight=False)
 
     def _method(self, teacher: Generator) -> Any:
-        """The method with the learning rates that it is to have."""
+        """The method with the settings that a network of this size is to have."""
         given: Any = self.settings  # type: ignore[attr-defined]
         if self.lora is not None:
             # The published rates are those of whole networks.
@@ -145,8 +146,8 @@ def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, l
     argv, several = _several(argv)
     fixed = _fixed(argv, method)
     if recipe is not None:
-        # What a recipe leaves out was not known when it was made: its rates are those that it ran with.
-        fixed = tuple(dict.fromkeys([*recipe.get("fixed", optimizers(method())), *fixed]))
+        # What a recipe leaves out was not known when it was made: its settings are those that it ran with.
+        fixed = tuple(dict.fromkeys([*recipe.get("fixed", leaves(method())), *fixed]))
         several = tuple(recipe.get("several", ())) if several is None else several
         recipe |= {"fixed": list(fixed), "several": list(several)}
     added: list[Any] = [
@@ -189,10 +190,9 @@ def _several(argv: Sequence[str]) -> tuple[list[str], tuple[int, ...] | None]:
 
 
 def _fixed(argv: Sequence[str], method: type[Any]) -> tuple[str, ...]:
-    """The optimizers of the method whose learning rate is among the flags."""
-    names = optimizers(method())
+    """The settings of the method that are among the flags."""
     flags = {word.partition("=")[0].replace("_", "-") for word in argv}
-    return tuple(name for name in names if f"--{name.replace('_', '-')}.lr" in flags)
+    return tuple(path for path in leaves(method()) if f"--{path.replace('_', '-')}" in flags)
 
 
 def _table(out: Path, count: int) -> Path:

@@ -25,7 +25,7 @@ from fewstep.core.path import FLOW
 from fewstep.core.role import Ema, Optim, Role
 from fewstep.core.state import write_text
 from fewstep.distill import METHODS
-from fewstep.distill.published import PUBLISHED, scaled
+from fewstep.distill.published import PUBLISHED, SMALL, SMALL_BELOW, scaled
 from fewstep.errors import InputError, unknown
 from fewstep.grid.karras import karras
 from fewstep.models import UNet, UNetConfig
@@ -142,6 +142,9 @@ def facts(name: str) -> list[str]:
                 else ". Without `--optim.lr` and the like it is carried over by size."
             )
         )
+    if name in SMALL:
+        told = ", ".join(f"`{path}` {value}" for path, value in SMALL[name].items())
+        lines.append(f"- Below {SMALL_BELOW / 1e6:g} M parameters, where they are not given: {told}.")
     lines += ["", "| role | starts as | trained with | averages | ships |", "|---|---|---|---|---|"]
     for key, role in roles.items():
         averages = ", ".join(f"{n} {_width(e)}" for n, e in {"": role.ema, "target": role.target}.items() if e)
