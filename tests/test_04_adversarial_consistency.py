@@ -27,7 +27,7 @@ from fewstep.models.consistency import ConsistencyPrecond
 from fewstep.models.discriminator import judged
 from fewstep.models.image_conditioned import ImageConditioned, image_conditioned
 from fewstep.train import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, bits, check_restart, differing, run, tiny, tiny_data
 
 CONSISTENCY: dict[str, Any] = {
     "optim": STEADY,
@@ -153,23 +153,11 @@ def trained(out: Path, stop: int | None = None, **options: Any) -> Generator:
 
 
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
-    trained(tmp_path / "whole")
-    with pytest.raises(Stop):
-        trained(tmp_path / "cut", stop=5)
-    torch.manual_seed(1)
-    trained(tmp_path / "cut", resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    trained(tmp_path / "one", micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: trained(out, **more), far=1e-5)
     made = Generator.load(tmp_path / "whole")
     assert isinstance(made.denoiser, ConsistencyPrecond) and isinstance(made.denoiser.net, ImageConditioned)
     assert made.sample(2, batch(2).cond, progress=False).shape == (2, 1, 4, 4)
-    assert any("roles/heads" in k for k in tensors[1])
+    assert any("roles/heads" in k for k in bits(tmp_path / "whole"))
 
 
 BAD: list[tuple[Callable[[], object], str]] = [

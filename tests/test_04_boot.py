@@ -24,7 +24,7 @@ from fewstep.errors import InputError
 from fewstep.guide import CFG
 from fewstep.models.flow_map import UNTIL, Told
 from fewstep.solve.euler import euler
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, run, tiny, tiny_data
 
 TOP = 20.0
 METHOD = BOOT(intervals=8, optim=STEADY, order=1)
@@ -276,18 +276,7 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize("method", [METHOD, replace(METHOD, order=2, weight="slope", target=Ema(rate=0.9))])
 def test_a_resumed_run_and_micro_batches(method: BOOT, tmp_path: Path) -> None:
-    run("BOOT", tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run("BOOT", tmp_path / "cut", method=method, stop=4)
-    run("BOOT", tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("BOOT", tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-4, where
+    check_restart(tmp_path, lambda out, **more: run("BOOT", out, method=method, **more), stop=4, far=1e-4)
     made = Generator.load(tmp_path / "whole")
     assert isinstance(made.denoiser, Told) and made.denoiser.values == [0.002] and made.sampler.nfe == 1
     assert torch.isfinite(made.sample(3, progress=False)).all()

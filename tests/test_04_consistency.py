@@ -37,7 +37,7 @@ from fewstep.models.consistency import ConsistencyPrecond, JumpPrecond, anchored
 from fewstep.models.lora import LoRA
 from fewstep.solve.euler import euler
 from fewstep.train import untrained
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, Stop, bits, check_restart, differing, run, tiny, tiny_data
 
 LOW, TOP, S = 0.002, 80.0, 0.6
 METHODS: dict[str, Consistency] = {
@@ -468,19 +468,7 @@ def test_middle_levels_may_be_given() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
     method = METHODS[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=5)
-    torch.manual_seed(1)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: run(name, out, method=method, **more), far=1e-5)
     made = Generator.load(tmp_path / "whole")
     assert isinstance(made.denoiser, ConsistencyPrecond) and made.sampler.nfe == 2
     before = tiny().denoiser.state_dict()

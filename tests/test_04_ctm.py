@@ -30,7 +30,7 @@ from fewstep.models.lora import LoRA
 from fewstep.solve.consistency import consistency
 from fewstep.solve.euler import euler
 from fewstep.train.run import train
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, Stop, bits, check_restart, differing, log_of, run, tiny, tiny_data
 
 S = 0.6
 BASE = CTM(optim=STEADY, heads=STEADY, levels=5, span=3, adaptive=False, ema=Ema(rate=0.9))
@@ -259,19 +259,8 @@ def test_levels_of_the_sampler_and_its_given_middle() -> None:
 
 @pytest.mark.parametrize("method", [BASE, replace(BASE, target="ema", reach="local", dsm=0.0)], ids=["soft", "local"])
 def test_a_resumed_run_and_micro_batches(method: CTM, tmp_path: Path) -> None:
-    run("ctm", tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run("ctm", tmp_path / "cut", method=method, stop=5)
-    torch.manual_seed(1)
-    run("ctm", tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("ctm", tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    kept = ({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    far, where = furthest(*kept)
-    assert far < 1e-5, where
-    assert any(k.endswith("student.target.safetensors:net.net.leave.weight") for k in tensors[0]), list(tensors[0])[:3]
+    check_restart(tmp_path, lambda out, **more: run("ctm", out, method=method, **more), far=1e-5)
+    assert any(k.endswith("student.target.safetensors:net.net.leave.weight") for k in bits(tmp_path / "one"))
     made = Generator.load(tmp_path / "whole")
     assert isinstance(made.denoiser, Told) and made.sampler.nfe == 1
     assert made.sample(2, progress=False).shape == (2, 1, 4, 4)

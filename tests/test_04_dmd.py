@@ -23,7 +23,7 @@ from fewstep.errors import InputError
 from fewstep.loss.perceptual import PIXELS, TapDistance
 from fewstep.solve.euler import euler
 from fewstep.train.run import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, bits, check_restart, differing, run, tiny, tiny_data
 
 OPTIONS: dict[str, Any] = {"batch": 8, "micro": 2, "log_every": 2, "save_every": 3, "progress": False}
 SETTINGS: dict[str, Any] = {"student": STEADY, "fake": STEADY}
@@ -115,18 +115,11 @@ def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
     of = teacher()
     method, source = DMD(joined=True, **SETTINGS), OnlinePairs(of, size=64)
 
-    def go(out: Path, data: Any = source, **options: Any) -> None:
-        train(of, method, data, out=out, budget=6, **(OPTIONS | options))
+    def go(out: Path, stop: int | None = None, **options: Any) -> None:
+        given: Any = source if stop is None else StopsAfter(source, stop * OPTIONS["micro"])
+        train(of, method, given, out=out, budget=6, **(OPTIONS | options))
 
-    go(tmp_path / "whole")
-    with pytest.raises(Stop):
-        go(tmp_path / "cut", StopsAfter(source, 5 * OPTIONS["micro"]))
-    go(tmp_path / "cut", resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    go(tmp_path / "one", micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_restart(tmp_path, go, far=2e-3)
 
 
 @pytest.mark.parametrize(

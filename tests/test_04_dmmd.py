@@ -32,7 +32,7 @@ from fewstep.solve.particle_flow import (
 )
 from fewstep.train import train, untrained
 from fewstep.train.dmmd import DMMD, FeaturesConfig, Unlabelled, featured, train_dmmd
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, check_restart, log_of, tiny, tiny_data
 
 OPTIONS: dict[str, Any] = {"batch": 8, "micro": 2, "log_every": 2, "save_every": 3, "progress": False}
 METHOD = DMMD(steps=4, levels=2, group=4, optim=STEADY)
@@ -233,18 +233,11 @@ def test_other_kernels_and_maps_of_features(tmp_path: Path) -> None:
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
     made, source = critic(), tiny_data()
 
-    def go(out: Path, data: Any = source, **options: Any) -> None:
-        train(made, METHOD, data, out=out, budget=6, **(OPTIONS | options))
+    def go(out: Path, stop: int | None = None, **options: Any) -> None:
+        given: Any = source if stop is None else StopsAfter(source, stop * OPTIONS["micro"])
+        train(made, METHOD, given, out=out, budget=6, **(OPTIONS | options))
 
-    go(tmp_path / "whole")
-    with pytest.raises(Stop):
-        go(tmp_path / "cut", StopsAfter(source, 5 * OPTIONS["micro"]))
-    go(tmp_path / "cut", resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    go(tmp_path / "one", micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_restart(tmp_path, go, far=2e-3)
 
 
 def lone(**changes: Any) -> Any:

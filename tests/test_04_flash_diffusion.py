@@ -35,7 +35,7 @@ from fewstep.solve.dpmpp import dpmpp
 from fewstep.train import untrained
 from fewstep.train.memory import estimate_memory
 from test_04_gan import stock
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, run, tiny, tiny_data
 
 PLAIN = FlashDiffusion(teacher_steps=8, distance="l2", adversarial=(0.0,) * 4, dmd=(0.0,) * 4)
 FULL = FlashDiffusion(teacher_steps=8, optim=STEADY, critic=STEADY, hidden=8)
@@ -357,20 +357,7 @@ def test_a_lower_picture_or_a_mask_passes_through_as_any_condition() -> None:
 )
 def test_a_resumed_run_and_micro_batches(method: FlashDiffusion, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": method, "start": tiny()}
-    run("FlashDiffusion", tmp_path / "whole", **options)
-    with pytest.raises(Stop):
-        run("FlashDiffusion", tmp_path / "cut", stop=5, **options)
-    torch.manual_seed(1)
-    run("FlashDiffusion", tmp_path / "cut", resume=True, **options)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("FlashDiffusion", tmp_path / "one", micro=1, **options)
-    pairs = [
-        {k: v for k, v in bits(tmp_path / f).items() if k.startswith("checkpoints") and "roles/" in k}
-        for f in ("one", "whole")
-    ]
-    far, where = furthest(*pairs)
-    assert far < 5e-5, where
+    check_restart(tmp_path, lambda out, **more: run("FlashDiffusion", out, **options, **more), far=5e-5)
     made = Generator.load(tmp_path / "whole")
     assert made.sampler.nfe == 4 and made.sample(2, progress=False).shape == (2, 1, 4, 4)
 

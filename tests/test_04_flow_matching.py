@@ -25,7 +25,7 @@ from fewstep.data import Images
 from fewstep.errors import InputError
 from fewstep.loss.draw import FlowTime
 from fewstep.train import FlowMatching, flow_levels, flow_sampler, train, untrained
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, run, tiny, tiny_data
 
 SMALL = {"width": 16, "embedding": 8, "blocks": 1}
 METHOD = FlowMatching(optim=STEADY, ema=Ema(rate=0.9), steps=3)
@@ -159,18 +159,7 @@ def test_training_finds_the_pictures(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
-    run("flow", tmp_path / "whole", method=METHOD, start=flow())
-    with pytest.raises(Stop):
-        run("flow", tmp_path / "cut", method=METHOD, start=flow(), stop=5)
-    torch.manual_seed(1)
-    run("flow", tmp_path / "cut", method=METHOD, start=flow(), resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("flow", tmp_path / "one", method=METHOD, start=flow(), micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    kept = [{k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors]
-    far, where = furthest(*kept)
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: run("flow", out, method=METHOD, start=flow(), **more), far=1e-5)
     made, before = Generator.load(tmp_path / "whole"), flow().network.state_dict()
     assert made.sampler.nfe == 5 and math.isclose(made.sampler.start, 1e8)
     assert max(float((before[k] - v).abs().max()) for k, v in made.network.state_dict().items()) > 1e-4

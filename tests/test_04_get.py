@@ -25,7 +25,7 @@ from fewstep.errors import InputError
 from fewstep.guide import CFG
 from fewstep.models.get import GET, GETConfig, OneLevel, ViT, ViTConfig, one_level, transformer
 from fewstep.train import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, check_restart, tiny, tiny_data
 
 TINY = GETConfig((1, 4, 4), 3, patch=2, width=16, heads=2, depth=1, tied=1, tied_mlp=2.0, iterations=4)
 METHOD = GETDistillation(width=16, heads=2, depth=1, tied=1, tied_mlp=2.0, iterations=4, vit_depth=2, optim=STEADY)
@@ -315,18 +315,7 @@ def go(out: Path, method: GETDistillation, *, stop: int | None = None, micro: in
 @pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
 def test_a_resumed_run_and_micro_batches(gradient: Any, tmp_path: Path) -> None:
     method = replace(METHOD, gradient=gradient)
-    go(tmp_path / "whole", method)
-    with pytest.raises(Stop):
-        go(tmp_path / "cut", method, stop=4)
-    go(tmp_path / "cut", method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    go(tmp_path / "one", method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-3, where
+    check_restart(tmp_path, lambda out, **more: go(out, method, **more), stop=4, far=1e-3)
     student = Generator.load(tmp_path / "whole")
     assert isinstance(student.denoiser, OneLevel) and student.sampler.nfe == 1
     assert torch.isfinite(student.sample(3, progress=False)).all()

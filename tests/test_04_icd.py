@@ -27,7 +27,7 @@ from fewstep.guide.dynamic import SCALE, DynamicGuidance, guided_at
 from fewstep.models.extended import extended
 from fewstep.models.lora import LoRA
 from fewstep.solve.euler import euler
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, run, tiny, tiny_data
 
 BASE = ICD(optim=STEADY, encoder=STEADY, steps=2, grid=8)
 V = 0.36
@@ -306,18 +306,7 @@ def test_lora_trains_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [BASE, replace(BASE, scales=(1.0, 4.0), null_share=0.3)], ids=["plain", "scales"])
 def test_a_resumed_run_and_micro_batches(method: ICD, tmp_path: Path) -> None:
-    run("icd", tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run("icd", tmp_path / "cut", method=method, stop=5)
-    torch.manual_seed(1)
-    run("icd", tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("icd", tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    kept = ({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    far, where = furthest(*kept)
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: run("icd", out, method=method, **more), far=1e-5)
 
 
 def blank() -> Generator:

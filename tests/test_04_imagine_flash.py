@@ -32,7 +32,7 @@ from fewstep.models.lora import LoRA
 from fewstep.solve.euler import euler
 from fewstep.train.memory import estimate_memory
 from test_04_gan import stock
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, run, tiny, tiny_data
 
 METHOD = ImagineFlash(optim=STEADY, teacher_steps=2)
 WITH_GAN = ImagineFlash(optim=STEADY, critic=STEADY, teacher_steps=2, gan=0.2, r1=0.1, hidden=8)
@@ -310,20 +310,7 @@ def test_class_and_text_conditional_networks_of_diffusers_train(name: str) -> No
 @pytest.mark.parametrize(("method", "make"), [(METHOD, tiny), (WITH_GAN, tiny), (METHOD, lambda: guided(tiny(), 2.0))])
 def test_a_resumed_run_and_micro_batches(method: ImagineFlash, make: Callable[[], Generator], tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": method, "start": make()}
-    run("ImagineFlash", tmp_path / "whole", **options)
-    with pytest.raises(Stop):
-        run("ImagineFlash", tmp_path / "cut", stop=5, **options)
-    torch.manual_seed(1)
-    run("ImagineFlash", tmp_path / "cut", resume=True, **options)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("ImagineFlash", tmp_path / "one", micro=1, **options)
-    pairs = [
-        {k: v for k, v in bits(tmp_path / f).items() if k.startswith("checkpoints") and "roles/" in k}
-        for f in ("one", "whole")
-    ]
-    far, where = furthest(*pairs)
-    assert far < 2e-5, where
+    check_restart(tmp_path, lambda out, **more: run("ImagineFlash", out, **options, **more), far=2e-5)
     made = Generator.load(tmp_path / "whole")
     assert made.sampler.nfe == 3 and made.sample(2, progress=False).shape == (2, 1, 4, 4)
 

@@ -28,7 +28,7 @@ from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.flow_map import Told
 from fewstep.models.lora import LoRA
 from fewstep.models.trigflow import View
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
+from tiny_runs import STEADY, check_restart, run, tiny
 
 S = 0.6
 RUNS = {
@@ -230,19 +230,7 @@ def test_the_sampler_lands_where_each_step_ends(steps: int) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
     method, make = RUNS[name], tiny if name == "data" else flow
-    run(name, tmp_path / "whole", method=method, start=make())
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, start=make(), stop=5)
-    torch.manual_seed(1)
-    run(name, tmp_path / "cut", method=method, start=make(), resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, start=make(), micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-4, where
+    check_restart(tmp_path, lambda out, **more: run(name, out, method=method, start=make(), **more), far=1e-4)
     made = Generator.load(tmp_path / "whole")
     assert isinstance(made.denoiser, Told) and made.sampler.nfe == method.steps
     pictures = made.sample(4, progress=False)

@@ -34,7 +34,7 @@ from fewstep.loss.draw import FlowTime
 from fewstep.models.lora import LoRA
 from fewstep.solve.heun import heun
 from fewstep.train import FlowMatching, flow_levels, flow_sampler, train, untrained
-from tiny_runs import STEADY, Stop, bits, differing, log_of, tiny, tiny_data
+from tiny_runs import STEADY, Breaks, Stop, bits, differing, log_of, tiny, tiny_data, tiny_pairs
 
 SMALL = {"width": 16, "embedding": 8, "blocks": 1}
 SHORT = heun(torch.tensor([80.0, 5.0, 1.0, 0.0], dtype=torch.float64))
@@ -247,23 +247,9 @@ METHOD = Reflow(optim=STEADY, ema=Ema(rate=0.9), rounds=2, ode_steps=2, probe=4,
 OPTIONS: dict[str, Any] = {"budget": 10, "batch": 8, "micro": 2, "log_every": 1, "save_every": 2, "progress": False}
 
 
-class Breaks(Pairs):
-    """Pairs that stop everything after ``left`` micro-batches."""
-
-    left = 10**9
-
-    def take(self, ids: Tensor) -> Batch:
-        if self.left == 0:
-            raise Stop
-        self.left -= 1
-        return super().take(ids)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pairs") / "p"
-    make_pairs(tiny(), out, n=40, sampler=SHORT, shard=16, progress=False)
-    return out
+    return tiny_pairs(tmp_path_factory.mktemp("pairs") / "p", SHORT)
 
 
 def go(out: Path, data: Any, *, method: Reflow = METHOD, teacher: Generator | None = None, **options: Any) -> Generator:

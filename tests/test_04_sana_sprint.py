@@ -24,7 +24,7 @@ from fewstep.distill.scm import SCM
 from fewstep.errors import InputError
 from fewstep.guide import guided
 from fewstep.models import ResMLP, ResMLPConfig
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
+from tiny_runs import STEADY, check_restart, run, tiny
 
 TRAINED: dict[str, Any] = {"optim": STEADY, "variance": STEADY, "heads": STEADY, "hidden": 8}
 RUNS = {
@@ -173,19 +173,7 @@ def test_heads_learn_to_tell_and_the_student_is_pushed_towards_the_pictures() ->
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
     method = RUNS[name]
-    run(name, tmp_path / "whole", method=method, start=flow())
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, start=flow(), stop=5)
-    torch.manual_seed(1)
-    run(name, tmp_path / "cut", method=method, start=flow(), resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, start=flow(), micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-4, where
+    check_restart(tmp_path, lambda out, **more: run(name, out, method=method, start=flow(), **more), far=1e-4)
     before, made = flow().denoiser.state_dict(), Generator.load(tmp_path / "whole")  # type: ignore[attr-defined]
     assert max(float((before[k] - v).abs().max()) for k, v in made.denoiser.state_dict().items()) > 1e-4
     assert not any("heads" in k or "variance" in k for k in made.denoiser.state_dict())

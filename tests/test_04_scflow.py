@@ -28,7 +28,7 @@ from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.lora import LoRA
 from fewstep.train.memory import estimate_memory
 from test_04_gan import stock
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny, tiny_data
+from tiny_runs import STEADY, check_restart, of_roles, run, tiny, tiny_data
 
 PLAIN = SCFlow(gan=0.0, bidirectional_from=0.0, correction_from=0.0, truncation=0.0)
 FULL = SCFlow(
@@ -333,21 +333,8 @@ def test_the_sampler_is_euler_on_levels_even_in_flow_time(make: Callable[[], Gen
 @pytest.mark.parametrize("make", [tiny, flow_teacher, lambda: guided(tiny(), 2.0)])
 def test_a_resumed_run_and_micro_batches(make: Callable[[], Generator], tmp_path: Path) -> None:
     start, options = make(), {"method": FULL, "budget": 6}
-    run("SCFlow", tmp_path / "whole", start=start, **options)
-    with pytest.raises(Stop):
-        run("SCFlow", tmp_path / "cut", start=start, stop=5, **options)
-    torch.manual_seed(1)
-    run("SCFlow", tmp_path / "cut", start=start, resume=True, **options)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("SCFlow", tmp_path / "one", start=start, micro=1, **options)
-    pairs = [
-        {k: v for k, v in bits(tmp_path / f).items() if k.startswith("checkpoints") and "roles/" in k}
-        for f in ("one", "whole")
-    ]
-    far, where = furthest(*pairs)
-    assert far < 2e-5, where
-    kept = {k.split(":")[0].split("/")[-1].removesuffix(".safetensors") for k in pairs[0]}
+    check_restart(tmp_path, lambda out, **more: run("SCFlow", out, start=start, **options, **more), far=2e-5)
+    kept = {k.split(":")[0].split("/")[-1].removesuffix(".safetensors") for k in of_roles(tmp_path / "one")}
     assert kept == {"student", "student.ema", "student.target", "discriminator"}
     made = Generator.load(tmp_path / "whole")
     assert made.sampler.nfe == 2 and made.sample(2, progress=False).shape == (2, 1, 4, 4)

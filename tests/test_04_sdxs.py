@@ -30,7 +30,7 @@ from fewstep.models.prune import Pruning, TinyDecoderConfig, pruned
 from fewstep.solve.euler import euler
 from fewstep.train.memory import estimate_memory
 from fewstep.train.run import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, bits, check_restart, tiny, tiny_data
 
 OPTIONS: dict[str, Any] = {"batch": 8, "micro": 2, "log_every": 2, "save_every": 3, "progress": False}
 METHOD = SDXS(imitate=0.4, student=STEADY, fake=STEADY)
@@ -295,15 +295,7 @@ def go(out: Path, *, stop: int | None = None, **options: Any) -> Generator:
 
 
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
-    made = go(tmp_path / "whole")
-    with pytest.raises(Stop):
-        go(tmp_path / "cut", stop=5)
-    go(tmp_path / "cut", resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    go(tmp_path / "one", micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    made = check_restart(tmp_path, lambda out, **more: go(out, **more), far=2e-3)
     opened = Generator.load(tmp_path / "whole")
     assert opened.fingerprint() == made.fingerprint() and opened.sampler.nfe == 1
     assert opened.denoiser.net.config.blocks == 1 and opened.sample(2, progress=False).isfinite().all()  # type: ignore[attr-defined]

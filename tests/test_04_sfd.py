@@ -30,7 +30,7 @@ from fewstep.guide import CFG
 from fewstep.models.flow_map import Told
 from fewstep.solve.euler import euler
 from fewstep.train import untrained
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
+from tiny_runs import STEADY, check_restart, run, tiny
 
 LOW, TOP = 0.006, 80.0
 CLASSES: dict[str, Any] = {
@@ -301,17 +301,6 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_resumed_run_and_micro_batches(name: str, tmp_path: Path) -> None:
     method = CLASSES[name]
-    run(name, tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run(name, tmp_path / "cut", method=method, stop=4)
-    run(name, tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run(name, tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    far, where = furthest(
-        *({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    )
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: run(name, out, method=method, **more), stop=4, far=1e-5)
     loaded = Generator.load(tmp_path / "one")
     assert torch.isfinite(loaded.sample(2, progress=False)).all() and loaded.sampler.nfe == 2

@@ -29,7 +29,7 @@ from fewstep.models.k_unet import KUNet, KUNetConfig
 from fewstep.models.lora import LoRA
 from fewstep.solve.heun import heun
 from fewstep.train import flow_sampler, train, untrained
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, tiny, tiny_data
+from tiny_runs import STEADY, Breaks, Stop, bits, differing, furthest, log_of, tiny, tiny_data, tiny_pairs
 
 SHORT = heun(torch.tensor([80.0, 5.0, 1.0, 0.0], dtype=torch.float64))
 MEAN, SPREAD = 0.3, 0.5
@@ -195,23 +195,9 @@ METHOD = SlimFlow(optim=STEADY, ema=Ema(rate=0.9), ode_steps=2, probe=4)
 OPTIONS: dict[str, Any] = {"budget": 10, "batch": 8, "micro": 2, "log_every": 1, "save_every": 2, "progress": False}
 
 
-class Breaks(Pairs):
-    """Pairs that stop everything after ``left`` micro-batches."""
-
-    left = 10**9
-
-    def take(self, ids: Tensor) -> Batch:
-        if self.left == 0:
-            raise Stop
-        self.left -= 1
-        return super().take(ids)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pairs") / "p"
-    make_pairs(tiny(), out, n=40, sampler=SHORT, shard=16, progress=False)
-    return out
+    return tiny_pairs(tmp_path_factory.mktemp("pairs") / "p", SHORT)
 
 
 def go(out: Path, data: Any, *, method: SlimFlow = METHOD, teacher: Generator | None = None, **options: Any) -> Any:

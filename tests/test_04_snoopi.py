@@ -20,7 +20,7 @@ from fewstep.distill.swiftbrush import SwiftBrush
 from fewstep.errors import InputError
 from fewstep.guide import guided
 from fewstep.models.nasa import NASA, nasa
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
+from tiny_runs import STEADY, bits, check_restart, differing, run, tiny
 
 METHOD = SNOOPI(sigma_init=2.5, guidance_range=(1.5, 4.0), student=STEADY, fake=STEADY)
 
@@ -68,15 +68,7 @@ def test_a_range_of_one_value_is_swiftbrush_in_every_bit(tmp_path: Path) -> None
 
 
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
-    run("a", tmp_path / "whole", method=METHOD)
-    with pytest.raises(Stop):
-        run("a", tmp_path / "cut", method=METHOD, stop=5)
-    run("a", tmp_path / "cut", method=METHOD, resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("a", tmp_path / "one", method=METHOD, micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_restart(tmp_path, lambda out, **more: run("a", out, method=METHOD, **more), far=2e-3)
 
 
 @pytest.fixture(scope="module")

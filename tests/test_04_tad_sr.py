@@ -26,7 +26,7 @@ from fewstep.grid.own import own_levels
 from fewstep.models.discriminator import Discriminator, DiscriminatorConfig
 from fewstep.models.image_conditioned import image_conditioned
 from fewstep.train.run import train
-from tiny_runs import STEADY, Stop, StopsAfter, bits, differing, furthest, log_of, tiny, tiny_data
+from tiny_runs import STEADY, StopsAfter, check_restart, tiny, tiny_data
 
 OPTIONS: dict[str, Any] = {"batch": 8, "micro": 2, "log_every": 2, "save_every": 3, "progress": False}
 METHOD = TADSR(teacher_steps=2, hidden=8, student=STEADY, critic=STEADY)
@@ -214,18 +214,11 @@ def test_flow_teachers_and_data_as_target(tmp_path: Path) -> None:
 def test_a_resumed_run_and_micro_batches(tmp_path: Path) -> None:
     of, source = teacher(), data()
 
-    def go(out: Path, given: Any = source, **options: Any) -> None:
+    def go(out: Path, stop: int | None = None, **options: Any) -> None:
+        given: Any = source if stop is None else StopsAfter(source, stop * OPTIONS["micro"])
         train(of, METHOD, given, out=out, budget=6, **(OPTIONS | options))
 
-    go(tmp_path / "whole")
-    with pytest.raises(Stop):
-        go(tmp_path / "cut", StopsAfter(source, 5 * OPTIONS["micro"]))
-    go(tmp_path / "cut", resume=True)
-    whole = bits(tmp_path / "whole")
-    assert differing(whole, bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    go(tmp_path / "one", micro=1)
-    assert furthest(whole, bits(tmp_path / "one"))[0] < 2e-3
+    check_restart(tmp_path, go, far=2e-3)
 
 
 def unseen(batch: Batch) -> Any:

@@ -27,7 +27,7 @@ from fewstep.models import ResMLP, ResMLPConfig
 from fewstep.models.flow_map import Clipped
 from fewstep.models.lora import LoRA
 from fewstep.solve.euler import euler
-from tiny_runs import STEADY, Stop, bits, differing, furthest, log_of, run, tiny
+from tiny_runs import STEADY, check_restart, run, tiny
 
 BASE = TDD(optim=STEADY, grid=20)
 
@@ -220,18 +220,7 @@ def test_the_sampler_visits_the_schedule_and_adds_the_noise_of_eta() -> None:
 
 @pytest.mark.parametrize("method", [BASE, replace(BASE, target="end", guidance=2.0, clip=1.0)], ids=["drawn", "end"])
 def test_a_resumed_run_and_micro_batches(method: TDD, tmp_path: Path) -> None:
-    run("tdd", tmp_path / "whole", method=method)
-    with pytest.raises(Stop):
-        run("tdd", tmp_path / "cut", method=method, stop=5)
-    torch.manual_seed(1)
-    run("tdd", tmp_path / "cut", method=method, resume=True)
-    assert differing(bits(tmp_path / "whole"), bits(tmp_path / "cut")) == []
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
-    run("tdd", tmp_path / "one", method=method, micro=1)
-    tensors = [bits(tmp_path / f) for f in ("one", "whole")]
-    kept = ({k: v for k, v in t.items() if k.startswith("checkpoints") and "roles/" in k} for t in tensors)
-    far, where = furthest(*kept)
-    assert far < 1e-5, where
+    check_restart(tmp_path, lambda out, **more: run("tdd", out, method=method, **more), far=1e-5)
     made = Generator.load(tmp_path / "whole")
     assert made.sampler.nfe == 4 and made.sample(2, progress=False).shape == (2, 1, 4, 4)
 
