@@ -229,11 +229,10 @@ def main(flags: Flags) -> None:
         teacher = how.teacher(data, flags.out / flags.task, steps=flags.teacher_steps or None, device=flags.device)
     else:
         teacher = Generator.load(flags.teacher, device=flags.device)
-    rows = earlier(path, teacher)
-    if not rows:
-        rows = [measure(flags, how, data, teacher, teacher.sampler, "teacher")]
-        rows += [measure(flags, how, data, teacher, *fitted(teacher, nfe)) for nfe in flags.nfes]
-        write(flags, path, teacher, rows)
+    rows = earlier(path, teacher) or [measure(flags, how, data, teacher, teacher.sampler, "teacher")]
+    known = {row["nfe"] for row in rows if row["name"] == "calibrated"}
+    rows += [measure(flags, how, data, teacher, *fitted(teacher, nfe)) for nfe in flags.nfes if nfe not in known]
+    write(flags, path, teacher, rows)
     for variant in chosen:
         try:
             made = list(students(flags, how, data, teacher, variant))
