@@ -157,6 +157,8 @@ CLAIMS: dict[str, Claim] = {
     "f-distill-bins": pair("f-distill", "ratios relative to those of their noise level", {"bins": 10}, {"bins": 0}),
     "vsd-normaliser": pair("vsd", "DMD's normaliser against none", {"normaliser": "sample"}, {"normaliser": "none"}),
     "sid-alpha": pair("sid", "the loss's second term", {"alpha": 1.0}, {"alpha": 0.0}),
+    "sid-alpha-paper": pair("sid", "alpha 1.2, the paper's, against 1", {"alpha": 1.2}, {"alpha": 1.0}),
+    "sid-alpha-half": pair("sid", "alpha 0.5, half the Fisher divergence, against 1", {"alpha": 0.5}, {"alpha": 1.0}),
     "sid-against-vsd": Claim(Variant("sid"), Variant("vsd"), "Fisher divergence against Diff-Instruct"),
     "sida-gan": pair("sida", "an adversarial term beside SiD", {"gan": 1e-4}, {"gan": 0.0}),
     "emd-against-vsd": Claim(Variant("emd"), Variant("vsd"), "chains of an E-step against none"),
