@@ -77,6 +77,7 @@ class Distill:
         out = flags.out or next_folder(f"distill-{self.name}")
         options = {**flags.options(), "recipe": clean(recipe_of("distill", self)), "lora": lora, "lora_roles": roles}
         method = self._method(teacher)
+        flags.tell(out)
         if self.several:
             students = distill_steps(teacher, method, pictures, steps=self.several, out=out, **options)
             first, last = min(students), max(students)

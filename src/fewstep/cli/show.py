@@ -28,14 +28,14 @@ from fewstep.sources.diffusers_files import is_hub_id
 
 @dataclass(frozen=True)
 class Show:
-    """Prints what a file or folder holds; draws a tableau, or a page about a generator's trajectories.
+    """Prints what a file or folder holds; draws a tableau, or a page about a run or a generator's trajectories.
 
     Attributes:
         path: a tableau's .json, a run folder, or a generator: a folder of fewstep or diffusers, a Hub id, a checkpoint.
-        out: writes the tableau's picture here (.png, .svg or .pdf); with --geometry the page (.html, geometry.html
-            without it).
-        health: writes a page of a run's curves: losses, variety of the samples, the fake score and its floor, logits;
-            its place is --out (.html), or health.html without it.
+        out: writes the tableau's picture here (.png, .svg or .pdf); with --page or --geometry the page (.html;
+            run.html in the run's folder, or geometry.html, without it).
+        page: writes a page of a run: how far it is, whether it is healthy, its samples over time, its curves.
+        follow: keeps that page up to date while it is open, until the run has ended or Ctrl-C.
         geometry: measures a generator's trajectories (shape, errors of each step, stability) and writes a page.
         samples: trajectories that --geometry follows, at least 8.
         seed: of these; they are the pictures that `fewstep sample` makes with it.
@@ -46,7 +46,8 @@ class Show:
 
     path: Annotated[Path, tyro.conf.Positional]
     out: Path | None = None
-    health: bool = False
+    page: Annotated[bool, tyro.conf.arg(aliases=("--health",))] = False
+    follow: bool = False
     geometry: bool = False
     samples: int = 64
     seed: int = 0
@@ -56,9 +57,11 @@ class Show:
 
     def run(self) -> None:
         """Runs the command."""
-        if self.health:
-            self._health()
+        if self.page:
+            self._page()
             return
+        if self.follow:
+            raise InputError("--follow keeps the page of a run up to date: pass --page with it")
         if self.geometry:
             self._geometry()
             return
@@ -189,36 +192,19 @@ class Show:
             shown.add_row(str(entry["step"]), *cells, str(entry.get("collapsed", "")))
         console.print(shown)
 
-    def _health(self) -> None:
-        from fewstep.report.page import write_page
-        from fewstep.report.results import Results
-        from fewstep.train.health import FILE, history, measures_in
+    def _page(self) -> None:
+        from fewstep.report.run_page import PAGE, follow, write_run_page
 
-        run, out = Run(self.path), self.out or Path("health.html")
-        if self.geometry or not (self.path / RECIPE).is_file():
-            raise InputError(f"--health needs the folder of a run and no --geometry: {self.path} has no {RECIPE}")
+        if self.geometry:
+            raise InputError("--page is about a run and --geometry about a generator: pass one of them")
+        if not (self.path / RECIPE).is_file():
+            raise InputError(f"--page needs the folder of a run: {self.path} has no {RECIPE}")
+        out, err = self.out or self.path / PAGE, Console(stderr=True)
         if out.suffix != ".html":
-            raise InputError(f"--out must end in .html with --health, got {out}")
-        entries = history(run)
-        if len(entries) < 2:
-            raise InputError(f"{self.path} has logged fewer than two reports: train on, or log more often")
-        recipe = read_json(self.path / RECIPE)
-        facts = read_json(self.path / FILE) if (self.path / FILE).is_file() else {}
-        said = [f"Step {e['step']}: collapsed, {e['collapsed']}." for e in entries if "collapsed" in e]
-        said += [
-            f"Rolled back from step {r['collapsed']} to {r['to']}: {r['why']}; learning rates times {r['rates']:g}."
-            for r in facts.get("rollbacks", [])
-        ]
-        looked = any(measures_in(e) is not None for e in entries)
-        said = said or ["No look at the samples found a collapse." if looked else "Nobody looked at the samples."]
-        page = Results(
-            f"Training health of {self.path.name or self.path}", said, str(facts.get("reference", "none")), []
-        )
-        page.curves = {str(recipe.get("method", "run")): entries}
-        page.facts = {
-            "Run": str(self.path),
-            "Reference": str(facts.get("reference", "none")),
-            "Steps": str(entries[-1]["step"]),
-        }
-        write_page(page, out)
-        Console(stderr=True).print(f"{out}: {len(entries)} reports", highlight=False, soft_wrap=True)
+            raise InputError(f"--out must end in .html with --page, got {out}")
+        if self.follow:
+            told = "follows the run while it is open; Ctrl-C ends it"
+            follow(self.path, out, say=lambda place: err.print(f"{place}: {told}", highlight=False, soft_wrap=True))
+        else:
+            write_run_page(self.path, out)
+        err.print(f"{out}: written", highlight=False, soft_wrap=True)

@@ -38,6 +38,7 @@ class RunFlags:
         on_collapse: when samples become alike, lose modes or blow up: stop with exit code 3, rollback to the last good
             checkpoint with learning rates halved (at most three times), or ignore.
         check_every: steps between looks at the samples; chosen so that they cost at most 2 % without one; 0 never.
+        page: writes run.html into the run folder, a page of curves and samples that follows the run while it is open.
         checkpointing: recomputes blocks in the backward pass instead of keeping activations; slower, the same result.
         offload: keeps frozen networks in host memory; for accelerators.
         resume: goes on from the newest checkpoint in out, to the same result.
@@ -58,6 +59,7 @@ class RunFlags:
     patience: int = 10
     on_collapse: OnCollapse = "stop"
     check_every: int | None = None
+    page: bool = False
     checkpointing: bool = False
     offload: bool = False
     resume: bool = False
@@ -66,6 +68,15 @@ class RunFlags:
     def options(self) -> dict[str, Any]:
         """The keyword arguments of :func:`fewstep.train.train` that these flags are."""
         return {k: v for k, v in vars(self).items() if k != "out"}
+
+    def tell(self, out: Path) -> None:
+        """Says where the page is, before there is one, where it was asked for."""
+        if self.page and distributed.rank() == 0:
+            from fewstep.report.run_page import PAGE
+
+            # Not on stderr, where bad input is told on a line of its own.
+            told = f"open {out / PAGE}, or that of each stage in {out / 'stages'}: it follows the run"
+            Console().print(told, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Train:
         start = untrained(pictures, self.network, seed=flags.seed, path=self.path, **size)
         out = flags.out or next_folder("train")
         options = {**flags.options(), "recipe": clean(recipe_of("train", self))}
+        flags.tell(out)
         train(start, self.method, pictures, out=out, **options)
         if distributed.rank() == 0:
             told = f"{out}: look at {out}/samples, try `fewstep sample {out}`"
@@ -124,7 +136,7 @@ def command_for(argv: list[str], recipe: dict[str, Any] | None) -> tuple[type, l
 
 def clean(recipe: dict[str, Any]) -> dict[str, Any]:
     """A training recipe without what may differ between two runs of it: places, memory, what is done on collapse."""
-    apart = ("out", "resume", "overwrite", "checkpointing", "offload", "on_collapse", "check_every")
+    apart = ("out", "resume", "overwrite", "checkpointing", "offload", "on_collapse", "check_every", "page")
     inner = {k: v for k, v in recipe["arguments"]["run_flags"].items() if k not in apart}
     arguments = {k: v for k, v in recipe["arguments"].items() if k != "dry_run"}
     return {**recipe, "arguments": {**arguments, "run_flags": inner}}

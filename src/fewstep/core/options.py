@@ -11,7 +11,7 @@ from fewstep.core import distributed
 from fewstep.errors import InputError
 
 # What `fewstep.train.run.train` takes beside the options of the loop.
-HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles", "on_collapse", "check_every")
+HANDED_ON = ("keep", "grid_every", "progress", "lora", "lora_roles", "on_collapse", "check_every", "page")
 
 
 @dataclass(frozen=True)

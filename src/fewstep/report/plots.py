@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "curves_figure",
     "health_figures",
+    "health_series",
     "inked",
     "quality_figure",
     "rmse_figure",
@@ -249,10 +250,21 @@ VARIETY = ("variance", "distance", "nearest", "modes")
 Series = dict[str, list[tuple[float, float]]]
 
 
-def health_figures(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Figure]]:
-    """Heading, caption and figure of each health curve that the log holds; docs/health.md explains them.
+class Health(NamedTuple):
+    """A health curve: its heading, what it means, its lines, the steps of collapses, and whether its axis is log."""
 
-    ``entries`` are those of :func:`fewstep.train.health.history`, with the start at step 0.
+    title: str
+    caption: str
+    series: Series
+    ends: list[float]
+    log: bool
+
+
+def health_series(entries: Sequence[Mapping[str, Any]], least: int = 2) -> list[Health]:
+    """Each health curve that the log holds, as numbers; docs/health.md explains them.
+
+    ``entries`` are those of :func:`fewstep.train.health.history`, with the start at step 0. Lines of fewer than
+    ``least`` points are left out.
     """
     directions = dict.fromkeys(k for e in entries for k in e if k.startswith("health/direction@"))
     losses = {k for e in entries for k in e if k.partition("/")[0].split("+")[0] == "fake"}
@@ -273,29 +285,40 @@ def health_figures(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str,
     ends = [float(e["step"]) for e in entries if "collapsed" in e]
     found = []
     for title, caption, keys in asked:
-        series = {k: _points(entries, k) for k in keys}
-        series = {k: points for k, points in series.items() if len(points) > 1}
+        series = {k: points_of(entries, k) for k in keys}
+        series = {k: points for k, points in series.items() if len(points) >= least}
         if set(series) - {"health/fake_floor"}:
             log = title != "Logits" and all(v > 0 for points in series.values() for _, v in points)
             told = f"{caption} Dotted: collapsed." if ends else caption
-            found.append((title, told, _health_figure(series, ends, log=log)))
+            found.append(Health(title, told, series, ends, log))
     return found
 
 
-def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def health_figures(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Figure]]:
+    """Heading, caption and figure of each of :func:`health_series`."""
+    return [(h.title, h.caption, _health_figure(h.series, h.ends, log=h.log)) for h in health_series(entries)]
+
+
+def points_of(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of a key, where it is a finite number."""
     values = ((float(e["step"]), finite(e.get(key))) for e in entries)
     return [(step, value) for step, value in values if value is not None]
+
+
+def look_of(key: str, k: int) -> tuple[str, str, bool]:
+    """Name, colour and whether it is dashed, of line ``k`` of a health curve."""
+    floor = key == "health/fake_floor"
+    name = "floor" if floor else key.rpartition("/")[2].replace("direction@", "sigma ")
+    # Eight levels and seven colours: the lowest is dashed in the first one's.
+    return name, INK if floor else PALETTE[k % len(PALETTE)], floor or k >= len(PALETTE)
 
 
 def _health_figure(series: Series, ends: Sequence[float], *, log: bool) -> Figure:
     with inked():
         figure, (axis,) = _axes(height=3.2)
         for k, (key, points) in enumerate(series.items()):
-            floor = key == "health/fake_floor"
-            name = "floor" if floor else key.rpartition("/")[2].replace("direction@", "sigma ")
-            # Eight levels and seven colours: the lowest is dashed in the first one's.
-            dashes = "--" if floor or k >= len(PALETTE) else "-"
-            colour = INK if floor else PALETTE[k % len(PALETTE)]
+            name, colour, dashed = look_of(key, k)
+            dashes = "--" if dashed else "-"
             axis.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.5, label=plain(name))
         for step in ends:
             axis.axvline(step, color=INK, linestyle=":", linewidth=1.0)

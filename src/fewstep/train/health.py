@@ -30,6 +30,8 @@ from fewstep.measure.modes import classes
 FILE = "health.json"
 SEED = 20_231
 SAMPLES = 64
+# As many are kept for a picture.
+SHOWN = 16
 # What is compared with the reference, and what a message calls it.
 SPREADS = {
     "variance": "their variance over the batch",
@@ -63,6 +65,17 @@ def spread(x: Tensor) -> dict[str, float]:
         [flat.var(0).mean(), apart[~own].mean(), apart.masked_fill(own, math.inf).amin(1).mean()],
     )
     return dict(zip(("variance", "distance", "nearest"), values.tolist(), strict=True))
+
+
+def across(x: Tensor, y: Tensor) -> float:
+    """The mean root mean square difference of a sample of ``x`` (n, ...) and one of ``y`` (m, ...), per pixel.
+
+    Pairs at the same place are left out, because both may come from the same noise.
+    """
+    flat, other = x.detach().float().flatten(1), y.detach().float().flatten(1)
+    apart = torch.cdist(flat, other, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
+    same = torch.eye(len(flat), len(other), dtype=torch.bool, device=flat.device)
+    return float(apart[~same].mean())
 
 
 def modes(x: Tensor, classifier: Classifier) -> float:
@@ -113,6 +126,8 @@ class Watch:
         start: the measures of the student before training.
         floor: the denoising loss that the fake score starts from, see :func:`fake_floor`; None without one.
         looks: the measures so far, oldest first.
+        seen: the first samples (16, ...) of the newest look, or of the start before the first.
+        compared: the reference's own pictures or samples (n, ...), on the CPU.
     """
 
     def __init__(
@@ -131,10 +146,15 @@ class Watch:
         self.batch = max(1, options.batch // options.micro)
         self.classifier = classifier_of(data, start)
         pictures, told = self._pictures(data, start)
+        # Large pictures would take a good part of an accelerator's memory for something that is rarely looked at.
+        self.compared = pictures.cpu()
         self.whole = self._measures(pictures)
         self.matched = {"teacher", "fake"} <= models.networks.keys() and hasattr(method, "fake_update")
         self.floor = rounded(fake_floor(method, models, pictures, told)) if self.matched else None
-        self.start = self.measures(self.samples(shipped, shipped.device)[0])
+        x = self.samples(shipped, shipped.device)[0]
+        self.start = self.measures(x)
+        self.start_energy = self.energy(x, self.start)
+        self.seen = x[:SHOWN].clone()
         self.looks = [found for entry in log if (found := measures_in(entry)) is not None]
 
     def _pictures(self, data: Data, start: Generator) -> tuple[Tensor, Cond]:
@@ -172,12 +192,27 @@ class Watch:
         found = self._measures(x)
         return {key: rounded(value / self.whole[key]) for key, value in found.items() if self.whole[key] > 0}
 
+    def energy(self, x: Tensor, found: Mapping[str, float | None]) -> float | None:
+        """The energy distance of samples with the measures ``found`` to the reference, in units of its mean distance.
+
+        ``2 E|X-Y| - E|X-X'| - E|Y-Y'|`` (Szekely and Rizzo, Journal of Statistical Planning and Inference 143, 2013):
+        0 for the same law, and by chance a little below. None where the reference has no spread, or for samples that
+        are not finite.
+        """
+        own = found.get("distance")
+        return (
+            None
+            if own is None
+            else rounded(2 * across(x, self.compared.to(x.device)) / self.whole["distance"] - own - 1)
+        )
+
     def look(self, report: Report) -> dict[str, Any]:
         """What the log says of the samples now: ``health/`` and a name, and ``collapsed``, where they have."""
         x, cond = self.samples(self.shipped, self.shipped.device)
-        found = self.measures(x)
+        self.seen, found = x[:SHOWN].clone(), self.measures(x)
         self.looks.append(found)
         told: dict[str, Any] = {f"health/{key}": value for key, value in found.items()}
+        told["health/energy"] = self.energy(x, found)
         if self.matched:
             directions = by_level(self.models.teacher, self.models.fake, x, cond, self.batch)
             told |= {f"health/direction@{level:.4g}": rounded(value) for level, value in directions.items()}
@@ -186,7 +221,8 @@ class Watch:
 
     def facts(self) -> dict[str, Any]:
         """What the log does not say: reference, start and floor."""
-        return {"reference": self.reference, "of_reference": self.whole, "start": self.start, "fake_floor": self.floor}
+        start = {"start": self.start, "start_energy": self.start_energy}
+        return {"reference": self.reference, "of_reference": self.whole, **start, "fake_floor": self.floor}
 
 
 def measures_in(entry: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -201,6 +237,8 @@ def history(run: Run) -> list[dict[str, Any]]:
     facts = read_json(path) if path.is_file() else {}
     floor = {} if facts.get("fake_floor") is None else {"health/fake_floor": facts["fake_floor"]}
     start = {f"health/{key}": value for key, value in facts.get("start", {}).items()}
+    if start and facts.get("start_energy") is not None:
+        start["health/energy"] = facts["start_energy"]
     entries = [entry | floor for entry in run.read_log()]
     return [{"step": 0, **start, **floor}, *entries] if start else entries
 

@@ -32,6 +32,7 @@ from fewstep.report.pictures import save_grid
 from fewstep.solve.heun import heun
 from fewstep.train.flow_matching import LEAST, flow_sampler
 from fewstep.train.health import Watch
+from fewstep.train.monitor import REFERENCE, Monitor
 from fewstep.train.roles import roles_of
 from fewstep.train.rollback import OnCollapse, Watching, roll_back, rollbacks, write_facts
 
@@ -87,14 +88,15 @@ def train(
     lora_roles: Sequence[str] | None = None,
     on_collapse: OnCollapse = "stop",
     check_every: int | None = None,
+    page: bool = False,
     **options: Any,
 ) -> Generator:
     """Runs ``method`` from ``start`` and leaves a run folder that is also a generator folder.
 
     ``budget`` is like "2000 steps", "200k images" or "90s". ``options`` are the fields of
     :class:`fewstep.core.options.FitOptions`. ``grid_every`` steps a picture of samples is written (0: only at the end).
-    ``on_collapse`` and ``check_every`` are the fields of :class:`fewstep.train.rollback.Watching`. Under torchrun every
-    process calls this; rank 0 writes.
+    ``on_collapse`` and ``check_every`` are the fields of :class:`fewstep.train.rollback.Watching`. ``page`` writes
+    ``run.html``, which follows the run while it is open. Under torchrun every process calls this; rank 0 writes.
 
     With ``lora`` the roles that copy the teacher, or those named in ``lora_roles``, train LoRA layers on its weights,
     which then stand in memory once. The generator is the merged student; its LoRA lies beside it, in ``lora/``.
@@ -124,19 +126,28 @@ def train(
     first = distributed.rank() == 0
     run = Run.open(Path(out), body, resume=resume, overwrite=overwrite, keep=keep) if first else Run(Path(out), keep)
     distributed.barrier()
-    job = _Job(method, start, data, chosen, run, roles, place, watching, lora is not None, grid_every, progress)
-    while True:
-        shipped, last, why = job.go(resume)
-        if why is None:
-            break
-        if first:
-            roll_back(run, int(last["step"]), why)
-        distributed.barrier()
-        resume = True
-    card = {**made, **sources, "trained": last}
-    if first and (back := rollbacks(run)):
-        card["rollbacks"] = [asdict(entry) for entry in back]
-    shipped = _finish(shipped, card, Path(out) if first else None)
+    live = None
+    if page and first:
+        # Not at the top, because templates take time to import and few runs have a page.
+        from fewstep.report.run_page import Live
+
+        live = Live(run.folder)
+    with Monitor(run, chosen, on=first, live=live) as monitor:
+        job = _Job(
+            method, start, data, chosen, run, roles, place, watching, monitor, lora is not None, grid_every, progress
+        )
+        while True:
+            shipped, last, why = job.go(resume)
+            if why is None:
+                break
+            if first:
+                roll_back(run, int(last["step"]), why)
+            distributed.barrier()
+            resume = True
+        card = {**made, **sources, "trained": last}
+        if first and (back := rollbacks(run)):
+            card["rollbacks"] = [asdict(entry) for entry in back]
+        shipped = _finish(shipped, card, Path(out) if first else None)
     distributed.barrier()
     return shipped
 
@@ -153,6 +164,7 @@ class _Job:
     roles: Mapping[str, Role]
     place: Callable[[torch.nn.Module], torch.nn.Module] | None
     watching: Watching
+    monitor: Monitor
     adapts: bool
     grid_every: int
     progress: bool
@@ -174,11 +186,15 @@ class _Job:
         log = run.read_log() if first else []
         last: dict[str, Any] = log[-1] if log else {}
         over = chosen.budget.progress(step, step * chosen.batch, 0.0) >= 1
+        if not over:
+            self.monitor.begin(step, models.roles)
         every = 0 if over else self.watching.steps(chosen, models, shipped.sampler.nfe)
         watch = None
         if every and first:
             watch = Watch(self.method, models, shipped, self.start, self.data, chosen, log)
             write_facts(run, watch.facts(), back)
+            self.monitor.keep(REFERENCE, watch.compared, shipped, 0.0)
+            self.monitor.keep(f"{0:08d}", watch.seen, shipped, shipped.sampler.end)
         saves_memory = checkpointed(models.networks.values()) if chosen.checkpointing else contextlib.nullcontext()
         with _Bar(type(self.method).__name__, chosen, self.progress and first) as bar, saves_memory:
             for report in fit(self.method, models, self.data, chosen, run, start=step):
@@ -187,6 +203,9 @@ class _Job:
                     last = _entry(report) | (watch.look(report) if watch is not None and look else {})
                     last |= {"rollbacks": len(back)} if back else {}
                     run.log(last)
+                    if watch is not None and look:
+                        self.monitor.look(watch.seen, shipped, report, ill="collapsed" in last)
+                    self.monitor.report(report)
                     bar.show(report)
                 if look:
                     # Rank 0 has looked; what follows from it must be the same everywhere.
