@@ -11,12 +11,13 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 # 3.11 first, because constraints.txt was made with it
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench docs clean
+.PHONY: help venv demo test lint bench docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,8 +60,17 @@ bench: $(STAMP)  ## every program in benchmarks/ with its defaults; takes long
 	if [ -z "$$programs" ]; then echo "benchmarks/ holds no program" >&2; exit 1; fi; \
 	for program in $$programs; do echo "== $$program"; $(PY) "$$program" $(ARGS) || exit 1; done
 
-docs: $(STAMP)  ## the pages of docs/ that are made from code and results
+$(DOCS): pyproject.toml constraints.txt $(STAMP)
+	$(PIP) install -q -e '.[docs]' -c constraints.txt
+	@touch $@
+
+docs: $(DOCS)  ## the pages of docs/ that are made from code and results, their pictures, and the site
 	$(PY) docs/build.py
+	$(PY) docs/pictures.py
+	$(PY) -m mkdocs build --strict
+
+site: $(DOCS)  ## the site alone, from the pages as they are, into site/; nothing is fetched
+	$(PY) -m mkdocs build --strict
 
 clean:  ## remove caches and builds; .venv and runs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -130,7 +130,7 @@ def save(flags: Flags, teacher: Generator, rows: list[dict[str, Any]]) -> None:
     """What has been measured so far."""
     body = {
         "benchmark": "forgetting",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items() if k != "results"},
         "machine": f"{platform.machine()}, {flags.threads} threads, torch {torch.__version__}",
         "teacher": teacher.fingerprint(),
         "rows": rows,

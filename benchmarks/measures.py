@@ -4,7 +4,9 @@ Pictures are noise, and their features a fixed random layer of 2048, so that not
 Times are CPU seconds of this process, so that a busy machine changes them little. Memory is what a part adds to the
 process at its peak, as Linux counts it.
 
-    python benchmarks/measures.py [--n 50000] [--keep 10000] [--dim 2048] [--distance-dim 2048]
+Parts that are not run keep their earlier numbers, each with the sizes that it was run at.
+
+    python benchmarks/measures.py [--parts fd distance pairs] [--n 50000] [--keep 10000] [--dim 2048]
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import torch
 from torch import Tensor
 
 from fewstep.core.cond import Batch
-from fewstep.core.state import write_text
+from fewstep.core.state import read_json, write_text
 from fewstep.measure import Moments, Target, evaluate
 
 BATCH, SIDE = 250, 8
 PAIRS = ("kid", "precision", "recall", "density", "coverage")
+PARTS = ("fd", "distance", "pairs")
 
 
 class Noise:
@@ -125,26 +128,29 @@ def distance(dim: int) -> dict[str, float]:
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--n", type=int, default=50_000)
     parser.add_argument("--keep", type=int, default=10_000)
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--distance-dim", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/measures.json"))
     options = parser.parse_args()
-    n, keep, dim = options.n, min(options.keep, options.n), options.dim
+    n, keep, dim = options.n, options.keep, options.dim
+    found: dict[str, Any] = read_json(options.out) if options.out.is_file() else {}
+    found["threads"] = torch.get_num_threads()
     # Libraries are loaded before memory is counted.
     scores(2 * BATCH, BATCH, 64, ("fd", *PAIRS))
-    found: dict[str, Any] = {"n": n, "keep": keep, "dim": dim, "threads": torch.get_num_threads()}
-    seconds, mib = scores(n, keep, dim, ("fd",))
-    found["fd"] = {"cpu_seconds": seconds, "peak_mib": mib, "reduced": n < 50_000}
-    write_text(options.out, json.dumps(found, indent=2) + "\n")
-    found["distance"] = distance(options.distance_dim)
-    write_text(options.out, json.dumps(found, indent=2) + "\n")
-    # The real side keeps as many features as there are pictures, up to 10 000.
-    seconds, mib = scores(keep, keep, dim, PAIRS)
-    rows = 2 * keep * dim * 4 / 2**20
-    found["pairs"] = {"cpu_seconds": seconds, "peak_mib": mib, "features_mib": rows, "reduced": keep < 10_000}
-    write_text(options.out, json.dumps(found, indent=2) + "\n")
+    for part in options.parts:
+        if part == "fd":
+            seconds, mib = scores(n, n, dim, ("fd",))
+            found[part] = {"n": n, "dim": dim, "cpu_seconds": seconds, "peak_mib": mib}
+        elif part == "pairs":
+            # The real side keeps as many features as there are pictures, up to 10 000.
+            seconds, mib = scores(keep, keep, dim, PAIRS)
+            rows = 2 * keep * dim * 4 / 2**20
+            found[part] = {"n": keep, "dim": dim, "cpu_seconds": seconds, "peak_mib": mib, "features_mib": rows}
+        else:
+            found[part] = distance(dim)
+        write_text(options.out, json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 

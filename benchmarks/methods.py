@@ -376,7 +376,9 @@ def write(flags: Flags, path: Path, teacher: Generator, rows: list[dict[str, Any
     body = {
         "benchmark": "methods",
         "task": flags.task,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items() if k != "data"},
+        "settings": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items() if k not in ("data", "results")
+        },
         "machine": f"{platform.machine()}, {flags.device}, {flags.threads} threads, torch {torch.__version__}",
         "teacher": teacher.fingerprint(),
         "parameters": sum(p.numel() for p in teacher.network.parameters()),

@@ -39,6 +39,7 @@ class Task:
         batch: pictures per step, of the teacher's training and of every method's.
         lr: of the teacher's training.
         metrics: what pictures are scored by.
+        extractor: of their features; None is the one that knows the data.
         resize: side of the pictures; None keeps them.
         make: makes the data, for tasks whose data are no files.
         score: scores pictures, where the usual metrics do not apply.
@@ -52,6 +53,7 @@ class Task:
     batch: int = 256
     lr: float = 2e-3
     metrics: tuple[str, ...] = ("fd", "pixel_fd", "precision", "recall", "accuracy")
+    extractor: str | None = None
     resize: int | None = None
     make: Callable[[], Any] | None = None
     score: Callable[[Tensor, int], Scores] | None = None
@@ -87,11 +89,11 @@ class Task:
             found = self.score(made.sample(n, seed=seed, sampler=sampler, batch=4000, progress=False), seed)
             return {**found, "nfe": float(sampler.nfe)}
         names = tuple(m for m in self.metrics if m != "accuracy" or made.conds is not None)
-        pixels = {"extractor": "pixel"} if set(names) == {"pixel_fd"} else {}
         usual = tuple(name for name in names if name != "modes")
         row = measure_sampler(
-            made, sampler, data, name="", group="solver", command="", n=n, seed=seed, metrics=usual, **pixels
-        )
+            made, sampler, data, name="", group="solver", command="", n=n, seed=seed, metrics=usual,
+            extractor="pixel" if set(names) == {"pixel_fd"} else self.extractor,
+        )  # fmt: skip
         found = dict(row.metrics)
         if "modes" in names:
             many = made.sample(COUNTED, seed=seed, sampler=sampler, batch=3200, progress=False)
@@ -179,7 +181,7 @@ TASKS: dict[str, Task] = {
         lr=1.5e-3,
         metrics=("fd", "pixel_fd", "precision", "recall", "modes"),
     ),
-    "cifar8": Task("", "resmlp", {"width": 512, "embedding": 96}, 4000, lr=1.5e-3, metrics=("pixel_fd",), resize=8),
+    "cifar8": Task("", "resmlp", {"width": 512, "embedding": 96}, 4000, lr=1.5e-3, extractor="cifar10-8", resize=8),
     "cifar32": Task("", "unet", {}, 60_000, lr=1e-3, metrics=("pixel_fd",)),
     "ring": replace(PLANE, make=ring_data, score=ring_score),
     "grid25": replace(PLANE, make=grid25_data, score=grid25_score),

@@ -1,8 +1,8 @@
 """Writes the pages of docs/ that are made from code and results: ``make docs``.
 
 methods.md comes from the methods' own docstrings and defaults, results.md from benchmarks/results/*.json, the lower
-part of sampling.md (its plots too) from those of sampling, and methods-measured.md, with its plots, from those of
-benchmarks/methods.py and benchmarks/steps.py.
+part of sampling.md (its plots too) from those of sampling, methods-measured.md, with its plots, from those of
+benchmarks/methods.py and benchmarks/steps.py, and measurements.md from what no other page shows.
 """
 
 from __future__ import annotations
@@ -13,23 +13,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import measurements
 import sampling
 import torch
+from tables import CARDS, DOCS, RESULTS, spread, table
 
 from fewstep.cli.methods import card
 from fewstep.distill import METHODS
 from fewstep.report.plots import inked, quality_figure
 from fewstep.report.results import Results, Row
 
-DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
 SHOWN = ("fd", "pixel_fd", "precision", "recall", "accuracy")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join(lines + [f"| {' | '.join(r)} |" for r in rows]) + "\n"
 
 
 def exact_page(body: dict[str, Any]) -> str:
@@ -101,16 +95,6 @@ def command(settings: dict[str, Any]) -> str:
     return f"python benchmarks/digits.py {' '.join(words)}"
 
 
-def spread(values: list[float] | None) -> str:
-    """Mean and half range of the seeds."""
-    if not values:
-        return ""
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.3f}" + (f" +- {half:.3f}" if len(values) > 1 else "")
-
-
-# Methods that share a card.
-CARDS = {"vsd": "dmd2", "f-distill": "dmd2"}
 # What the benchmark changes of the defaults, which are for networks a hundred times as large.
 CHANGED = {"SFD": "lr 1e-3, clip 1", "SiD": "lr 3e-4 and 6e-4 for the fake score, 20 steps of warm-up"}
 
@@ -255,6 +239,7 @@ def main() -> None:
         parts += [] if page is None else [page(body)]
     (DOCS / "results.md").write_text("\n".join(parts))
     sampling.main()
+    measurements.main()
     methods_measured()
 
 

@@ -34,6 +34,7 @@ from fewstep.measure import (
     snap_digits,
 )
 from fewstep.measure.features import WEIGHTS
+from fewstep.measure.kernel import rows_of
 from fewstep.measure.modes import classes, coverage_of, histogram
 from real_pictures import Real
 
@@ -204,6 +205,18 @@ def test_kid_of_unequal_sizes_and_in_blocks(monkeypatch) -> None:
     assert kid(a, b) == pytest.approx(expected.item(), rel=1e-10)
     monkeypatch.setattr("fewstep.measure.kernel.BLOCK", 7)
     assert kid(a, b) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_tiles_of_many_features_change_nothing() -> None:
+    assert [rows_of(dim) for dim in (64, 1024, 2048, 100_000)] == [512, 512, 256, 64]
+    a, b = torch.randn(150, 8192, generator=draw(1)), torch.randn(130, 8192, generator=draw(2)) * 0.99
+    one, many = prdc(a, b, block=150), prdc(a, b)
+    assert many == one and rows_of(8192) == 64
+    x, y = a.double(), b.double()
+    inside, across = ((x @ x.T / 8192 + 1) ** 3, (x @ y.T / 8192 + 1) ** 3)
+    real = (y @ y.T / 8192 + 1) ** 3
+    whole = [(m.sum() - m.trace()) / (len(m) * (len(m) - 1)) for m in (inside, real)]
+    assert kid(a, b) == pytest.approx(float(whole[0] + whole[1] - 2 * across.mean()), rel=1e-9)
 
 
 def test_kid_subsets_are_keyed_and_near_the_whole() -> None:

@@ -1,4 +1,4 @@
-"""The cached statistics of real data, files of statistics of other tools, folders that change while they are read."""
+"""The cached statistics of real data, files of statistics, folders that change while they are read, single passes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fewstep.measure import (
     Moments,
     Reference,
     Statistics,
+    Target,
     cache_folder,
     cache_path,
     clean_fid_name,
     digits_extractor,
     evaluate,
 )
+from fewstep.measure.generated import Generated
 from fewstep.measure.stream import Watched
+from fewstep.report.compare import Measure
 from real_pictures import Real
 
 torch.set_num_threads(1)
@@ -183,3 +186,73 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path) -> None:
     (folder / "000.png").unlink()
     with pytest.raises(InputError, match=r"000\.png vanished"):
         watched.check()
+
+
+# ---- one pass of the network for all metrics
+
+
+class Counting:
+    """The sums of rows as features; counts the pictures that it sees."""
+
+    name, dim, fingerprint = "counting", 8, "counting"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.count += len(images)
+        return images.sum((1, 3))
+
+
+class Parts(list):
+    """Batches of pictures, numbered as the files of a run are."""
+
+    def ids(self, at: int) -> torch.Tensor:
+        return torch.arange(at * 20, at * 20 + len(self[at]))
+
+
+def test_the_network_sees_each_picture_once(real: Real, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    network, watched = Counting(), Moments(8)
+    made = DIGITS[:90].flip(3)
+    scores = evaluate(
+        made, real, extractor=network, batch=20, intervals=True, watch=lambda rows, ids: watched.update(rows)
+    )  # fmt: skip
+    assert {"fd@90", "kid@90", "recall@90", "pixel_fd@90"} <= scores.keys()
+    assert network.count == 90 + 1797
+    target = Target.of(Reference.of(real, network).moments)
+    assert target.distance(watched) == pytest.approx(scores["fd@90"], rel=1e-10)
+    # The same in a comparison, with the real side computed anew.
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "other"))
+    network.count = 0
+    measure = Measure.of(real, extractor=network, n=90, batch=20)
+    fd, without, others = measure.scores(Parts(made.split(20)), None)
+    assert network.count == 90 + 1797
+    assert fd == pytest.approx(scores["fd@90"], rel=1e-10) and len(without) == 10
+    assert others["recall@90"] == scores["recall@90"]
+    alone = Measure.of(real, extractor=network, metrics=["fd"], n=90, batch=20).scores(Parts(made.split(20)), None)
+    assert alone[0] == pytest.approx(fd, rel=1e-10) and not alone[2]
+
+
+def test_pixels_alone_still_show_the_features(real: Real, tmp_path) -> None:
+    network, ids = Counting(), []
+    evaluate(
+        DIGITS[:30], real, metrics=["pixel_fd"], extractor=network, batch=20, cache=tmp_path,
+        watch=lambda rows, own: ids.append((rows.shape, own)),
+    )  # fmt: skip
+    assert [shape for shape, _ in ids] == [(20, 8), (10, 8)] and network.count == 30
+    assert torch.equal(torch.cat([own for _, own in ids]), torch.arange(30))
+
+
+def test_bad_pictures_are_refused_before_the_real_side_is_computed(real: Real, tmp_path) -> None:
+    with pytest.raises(InputError, match="hold NaN"):
+        evaluate(DIGITS[:30] * torch.nan, real, extractor=Counting(), cache=tmp_path)
+    assert real.taken == 0
+
+
+def test_real_side_keeps_no_moments_that_no_metric_needs(real: Real, tmp_path) -> None:
+    for names, dim in ((["recall"], None), (["recall", "fd"], 8)):
+        sides = Generated(Counting(), names, real.shape).sides(real, tmp_path)
+        assert sides.reference.features.shape == (1797, 8) and sides.reference.moments.n == 0
+        assert (sides.target is None) == (dim is None)
+    assert len(list(tmp_path.iterdir())) == 1

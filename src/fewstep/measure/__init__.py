@@ -1,7 +1,7 @@
 """Scores: how far generated pictures are from real ones, and whether anything of the real ones is missing.
 
 :func:`evaluate` is the way in, :func:`evaluate_by_class` the same for each class, and :func:`copies` looks for training
-pictures. Below them: feature extractors (:mod:`~fewstep.measure.features`,
+pictures. Below them: feature extractors (:mod:`~fewstep.measure.features`, :mod:`~fewstep.measure.cifar`,
 :mod:`~fewstep.measure.inception`, :mod:`~fewstep.measure.foundation`), Frechet distance
 (:mod:`~fewstep.measure.frechet`), kernel distances (:mod:`~fewstep.measure.kernel`), precision, recall, density and
 coverage (:mod:`~fewstep.measure.manifold`), sliced distance, Inception and CLIP scores, modes and labels, the cached
@@ -10,6 +10,7 @@ statistics of the real data (:mod:`~fewstep.measure.reference`) and files of sta
 """
 
 from fewstep.measure.by_class import evaluate_by_class
+from fewstep.measure.cifar import CifarExtractor, CifarNet, cifar_extractor, cifar_metadata
 from fewstep.measure.copies import Copies, Diversity, Nearest, copies, diversity, nearest
 from fewstep.measure.evaluate import DEFAULT, METRICS, Metric, Scores, evaluate
 from fewstep.measure.features import (
@@ -40,6 +41,8 @@ __all__ = [
     "DEFAULT",
     "EXTRACTORS",
     "METRICS",
+    "CifarExtractor",
+    "CifarNet",
     "Classifier",
     "ClipExtractor",
     "Copies",
@@ -64,6 +67,8 @@ __all__ = [
     "Target",
     "cache_folder",
     "cache_path",
+    "cifar_extractor",
+    "cifar_metadata",
     "clean_fid_name",
     "clip_extractor",
     "clip_score",

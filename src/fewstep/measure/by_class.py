@@ -72,7 +72,7 @@ def evaluate_by_class(
     for c, generated in sorted(found.items()):
         data = OfClasses(reference_data, real, [c])
         try:
-            comparison = generated.against(data, cache, k=k, seed=seed, normalise=normalise)
+            comparison = generated.against(generated.sides(data, cache), k=k, seed=seed, normalise=normalise)
             values = {key: score for name in names for key, score in METRICS[name].compute(comparison).items()}
         except InputError as error:
             raise InputError(f"class {c}: {error}") from None

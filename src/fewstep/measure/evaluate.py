@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.measure import features as extractors
+from fewstep.measure.cifar import known_cifar
 from fewstep.measure.features import Extractor
 from fewstep.measure.files import names_in
 from fewstep.measure.generated import Generated
@@ -24,6 +25,8 @@ __all__ = ["DEFAULT", "METRICS", "Metric", "Scores", "applicable", "evaluate", "
 # Student's factor for 95 % with ten blocks or splits, and the normal one for scores of single samples.
 BLOCKED = {"fd": 2.262, "recall": 2.262, "coverage": 2.262, "inception_score": 2.262}
 SINGLE = 1.96
+# Of the pictures that packaged networks take, where there are only statistics.
+SHAPES = {"digits": (1, 8, 8), "stacked-digits": (3, 8, 8), "cifar10-8": (3, 8, 8), "cifar10-32": (3, 32, 32)}
 
 
 class Scores(dict[str, float]):
@@ -69,6 +72,7 @@ def evaluate(
     perceptual: str | Path | None = None,
     ids: Tensor | None = None,
     joined: bool = False,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Scores:
     """Scores of generated pictures against real ones.
 
@@ -82,7 +86,7 @@ def evaluate(
             labels and the extractor classifies, "modes" to stacked digits, "pixel_fd" to at most 4096 pixels.
         labels: (N,) the classes asked for, when ``images`` does not bring them.
         extractor: an extractor or its name, see :func:`fewstep.measure.extractor`; None picks the packaged one of
-            digits and stacked digits.
+            digits, stacked digits or CIFAR-10 at 8 pixels (see :func:`fewstep.measure.cifar.known_cifar`).
         batch: pictures at a time.
         k: the neighbour that decides precision, recall, density and coverage.
         seed: decides subsets of fd_infinity and directions of sliced_wasserstein.
@@ -95,6 +99,8 @@ def evaluate(
         ids: (N,) int64, the number of each picture; 0, 1, 2 ... without. They decide what is kept.
         joined: joins the pictures of all processes of torch.distributed; each calls this with its share, and gets the
             same scores. Without ``ids`` the shares count as interleaved.
+        watch: called with the features (B, dim) and ids (B,) of every batch of this process, for statistics of the
+            caller's own: no network needs to run twice.
 
     Returns:
         Scores by name and sample count, such as ``{"fd@2000": 0.31, "recall@2000": 0.88}``: scores of different counts
@@ -116,17 +122,21 @@ def evaluate(
     if isinstance(real, Statistics):
         real.check(use)
     names = applicable(metrics, use, shape, statistics=isinstance(real, Statistics))
-    generated = Generated(use, names, shape, keep=keep, intervals=intervals, perceptual=perceptual)
+    generated = Generated(use, names, shape, keep=keep, intervals=intervals, perceptual=perceptual, watch=watch)
     stride = dist.get_world_size() if joined and dist.is_initialized() else 1
-    for part in parts_of(images, labels, ids, shape, batch, stride):
+    parts, sides = parts_of(images, labels, ids, shape, batch, stride), None
+    for part in parts:
         generated.add(part, prompts)
+        # Once a batch is known to be good; before the others, because a real side needs most memory while it is made.
+        sides = generated.sides(real, cache) if sides is None else sides
     generated.finish(prompts, join=stride > 1)
     if metrics == DEFAULT and not generated.labels:
         names = [name for name in names if name != "accuracy"]
     for name in names:
         if generated.count < METRICS[name].least and METRICS[name].keeps != "features":
             generated.refuse(name)
-    comparison = generated.against(real, cache, k=k, seed=seed, normalise=normalise, intervals=intervals)
+    assert sides is not None
+    comparison = generated.against(sides, k=k, seed=seed, normalise=normalise, intervals=intervals)
     found = {key: score for name in names for key, score in METRICS[name].compute(comparison).items()}
     for one in watched:
         one.check()
@@ -173,19 +183,31 @@ def _opened(place: str | Path) -> RealData:
 
 
 def extractor_for(given: Extractor | str | None, data: RealData | Statistics) -> Extractor:
-    """The extractor itself, the one of that name, or the packaged one that knows the data."""
+    """The extractor itself, the one of that name, or the packaged one that was trained on such pictures.
+
+    Raises:
+        InputError: no packaged extractor knows the data, an unknown name, or one for pictures of another shape.
+    """
+    if given is not None and not isinstance(given, str):
+        return given
+    name = given or _packaged(data)
+    if isinstance(data, Statistics):
+        return extractors.extractor(name, SHAPES.get(name, (3, 32, 32)))
+    return extractors.extractor(name, data.shape)
+
+
+def _packaged(data: RealData | Statistics) -> str:
+    """The name of the packaged extractor that knows some data."""
     name = data.made.extractor or data.source if isinstance(data, Statistics) else data.name
-    if given is None and name not in ("digits", "stacked-digits"):
+    if name in ("digits", "stacked-digits") or (isinstance(data, Statistics) and name in SHAPES):
+        return name
+    cifar = None if isinstance(data, Statistics) else known_cifar(data)
+    if cifar is None:
         raise InputError(
             f"no packaged extractor knows data {name!r}: pass extractor='pixel' (--extractor pixel), the name of "
             f"another, or an object with name, dim, fingerprint and a call from images to features"
         )
-    if given is None or isinstance(given, str):
-        if isinstance(data, Statistics):
-            shapes = {"digits": (1, 8, 8), "stacked-digits": (3, 8, 8)}
-            return extractors.extractor(given or name, shapes.get(given or name, (3, 32, 32)))
-        return extractors.extractor(data.name if given is None else given, data.shape)
-    return given
+    return cifar
 
 
 def applicable(

@@ -223,6 +223,17 @@ def _stacked_digits(shape: tuple[int, int, int]) -> Extractor:
     return digits_extractor(channels=3)
 
 
+def _cifar(side: int) -> Callable[[tuple[int, int, int]], Extractor]:
+    def made(shape: tuple[int, int, int]) -> Extractor:
+        # In the function, because that module builds on this one.
+        from fewstep.measure.cifar import cifar_extractor
+
+        _require_extractor_shape(f"cifar10-{side}", shape, (3, side, side))
+        return cifar_extractor(side)
+
+    return made
+
+
 def _require_extractor_shape(name: str, shape: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
     if tuple(shape) != expected:
         raise InputError(
@@ -234,6 +245,8 @@ def _require_extractor_shape(name: str, shape: tuple[int, int, int], expected: t
 EXTRACTORS: dict[str, Callable[[tuple[int, int, int]], Extractor]] = {
     "digits": _digits,
     "stacked-digits": _stacked_digits,
+    "cifar10-8": _cifar(8),
+    "cifar10-32": _cifar(32),
     "pixel": PixelExtractor,
 }
 

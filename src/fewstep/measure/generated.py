@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,23 @@ from fewstep.measure.stream import Part
 PICTURES, BYTES = 512, 2**27
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The real side of a comparison, as far as its metrics need it: kept features and classes, and distances' targets.
+
+    ``reference`` holds no moments where no metric needs them, because those of 2048 features are 34 MB.
+    """
+
+    reference: Reference | None = None
+    target: Target | None = None
+    pixels: Target | None = None
+
+
 class Generated:
-    """What is kept of the generated pictures while they stream by, as far as the metrics need it."""
+    """What is kept of the generated pictures while they stream by, as far as the metrics need it.
+
+    ``watch`` is called with the features (B, dim) and ids (B,) of every batch.
+    """
 
     def __init__(
         self,
@@ -36,9 +52,10 @@ class Generated:
         keep: int = KEEP,
         intervals: bool = False,
         perceptual: str | Path | None = None,
+        watch: Callable[[Tensor, Tensor], object] | None = None,
     ) -> None:
         needs = {METRICS[name].keeps for name in names}
-        self.extractor, self.names = extractor, list(names)
+        self.extractor, self.names, self.watch = extractor, list(names), watch
         self.needs_features = bool(needs & {None, "features"})
         self.needs_moments = None in needs
         self.moments = Moments(extractor.dim if self.needs_moments else 0)
@@ -72,6 +89,8 @@ class Generated:
             self.moments.update(features)
         else:
             require_finite(features)
+        if self.watch is not None:
+            self.watch(features, ids)
         if self.kept is not None:
             self.kept.add(features, ids)
         if self.pixel is not None and self.pixels is not None:
@@ -98,7 +117,7 @@ class Generated:
         if self.inception is not None:
             features, scores = self.extractor.seen(images)  # type: ignore[attr-defined]
             return features.cpu(), scores
-        if not self.needs_features and not self.keep_text:
+        if not self.needs_features and not self.keep_text and self.watch is None:
             return torch.empty(len(images), 0), None
         return self.extractor(images).cpu(), None
 
@@ -146,36 +165,36 @@ class Generated:
         what = "Frechet distance" if name in ("fd", "pixel_fd") else f"metric {name!r}"
         raise InputError(f"{what} of {self.count} generated samples, expected at least {least}: give more pictures")
 
-    def against(
-        self,
-        real: RealData | Statistics,
-        cache: str | Path | None,
-        *,
-        k: int = 5,
-        seed: int = 0,
-        normalise: bool = True,
-        intervals: bool = False,
-    ) -> Comparison:
-        """The comparison with real pictures, whose references come from the cache where they can."""
-        reference, target, pixel_target = None, None, None
-        compared = any(METRICS[name].real for name in self.names)
+    def sides(self, real: RealData | Statistics, cache: str | Path | None) -> Sides:
+        """The real side, from the cache where it can."""
         if isinstance(real, Statistics):
-            target = real.target
-        elif compared:
-            pairs = any(METRICS[n].keeps == "features" and METRICS[n].real is True for n in self.names)
-            if self.needs_features or self.keep_classes:
-                reference = Reference.of(real, self.extractor, keep=KEEP if pairs else 0, cache=cache)
-                target = Target.of(reference.moments) if self.needs_features else None
-            if self.pixel is not None:
-                pixel_target = Target.of(Reference.of(real, self.pixel, keep=0, cache=cache).moments)
+            return Sides(target=real.target)
+        reference, target, pixels = None, None, None
+        metrics = [METRICS[name] for name in self.names]
+        if not any(metric.real for metric in metrics):
+            return Sides()
+        if self.needs_features or self.keep_classes:
+            pairs = any(metric.keeps == "features" and metric.real is True for metric in metrics)
+            reference = Reference.of(real, self.extractor, keep=KEEP if pairs else 0, cache=cache)
+            if any(metric.real == "statistics" for metric in metrics):
+                target = Target.of(reference.moments)
+            reference = replace(reference, moments=Moments(0))
+        if self.pixel is not None:
+            pixels = Target.of(Reference.of(real, self.pixel, keep=0, cache=cache).moments)
+        return Sides(reference, target, pixels)
+
+    def against(
+        self, sides: Sides, *, k: int = 5, seed: int = 0, normalise: bool = True, intervals: bool = False
+    ) -> Comparison:
+        """The comparison with the real side that :meth:`sides` gave."""
         classes, labels, text = (torch.cat(held) if held else None for held in (self.classes, self.labels, self.text))
         return Comparison(
             extractor=self.extractor,
             moments=self.moments,
-            target=target,
-            reference=reference,
+            target=sides.target,
+            reference=sides.reference,
             pixels=self.pixels,
-            pixel_target=pixel_target,
+            pixel_target=sides.pixels,
             features=None if self.kept is None else self.kept.in_order(),
             classes=classes,
             labels=labels,

@@ -8,6 +8,9 @@ from torch import Tensor
 
 # Multipliers of an integer hash (SplitMix64's), as signed 64-bit numbers.
 _ODD = (-4658895280553007687, -7723592293110705685)
+# Room for so many bytes of rows is set aside at once: pages cost nothing before they are written, while the smaller
+# copies of a tensor that grows stay with the process after they are freed.
+ROOM = 2**28
 
 
 def keyed(ids: Tensor) -> Tensor:
@@ -57,7 +60,9 @@ class Kept:
     def _grow(self, count: int) -> None:
         assert self._space is not None
         if count > len(self._space):
-            larger = self._space.new_empty(min(self.most, max(count, 2 * len(self._space))), *self._space.shape[1:])
+            shape = self._space.shape[1:]
+            room = ROOM // max(1, shape.numel() * self._space.element_size())
+            larger = self._space.new_empty(min(self.most, max(count, room, 2 * len(self._space))), *shape)
             larger[: len(self.ids)] = self._space[: len(self.ids)]
             self._space = larger
 

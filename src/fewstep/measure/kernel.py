@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 
-BLOCK = 512
+# Of a tile of pairs: most rows, and most values of a side, which is held in float64.
+BLOCK, VALUES = 512, 2**19
 # Of CMMD: the kernel's deviation, for embeddings of length 1, and the factor that makes values readable.
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -39,26 +40,32 @@ def gaussian(left: Tensor, right: Tensor) -> Tensor:
     return (square / (-2 * CMMD_SIGMA**2)).exp_()
 
 
+def rows_of(dim: int) -> int:
+    """How many rows of ``dim`` features a tile of pairs has on each side."""
+    return min(BLOCK, max(64, VALUES // dim))
+
+
 def _row_sums(left: Tensor, right: Tensor, kernel: Kernel) -> Tensor:
     """(n,) float64: for each row of ``left`` the sum of the kernel with all of ``right``."""
-    total = torch.zeros(len(left), dtype=torch.float64)
-    for start in range(0, len(left), BLOCK):
-        rows = left[start : start + BLOCK].double()
-        for columns in right.split(BLOCK):
-            total[start : start + BLOCK] += kernel(rows, columns.double()).sum(1)
+    total, block = torch.zeros(len(left), dtype=torch.float64), rows_of(left.shape[1])
+    for start in range(0, len(left), block):
+        rows = left[start : start + block].double()
+        for columns in right.split(block):
+            total[start : start + block] += kernel(rows, columns.double()).sum(1)
     return total
 
 
 def _within(features: Tensor, kernel: Kernel) -> Tensor:
-    """(n,) float64: for each sample the sum of the kernel with all others."""
-    diagonal = torch.cat([_diagonal(part.double(), kernel) for part in features.split(BLOCK)])
-    return _row_sums(features, features, kernel) - diagonal
-
-
-def _diagonal(part: Tensor, kernel: Kernel) -> Tensor:
-    if kernel is gaussian:
-        return torch.ones(len(part), dtype=torch.float64)
-    return (part.square().sum(1) / part.shape[1] + 1) ** 3
+    """(n,) float64: for each sample the sum of the kernel with all others; a tile serves its rows and its columns."""
+    total, block = torch.zeros(len(features), dtype=torch.float64), rows_of(features.shape[1])
+    for top in range(0, len(features), block):
+        rows = features[top : top + block].double()
+        total[top : top + block] += kernel(rows, rows).fill_diagonal_(0).sum(1)
+        for left in range(top + block, len(features), block):
+            tile = kernel(rows, features[left : left + block].double())
+            total[top : top + block] += tile.sum(1)
+            total[left : left + block] += tile.sum(0)
+    return total
 
 
 def _unbiased(generated: Tensor, reference: Tensor, kernel: Kernel) -> Discrepancy:
@@ -103,12 +110,11 @@ def cmmd(generated: Tensor, reference: Tensor) -> Discrepancy:
             )
     generated, reference = generated.cpu(), reference.cpu()
     n, m = len(generated), len(reference)
-    rows = _row_sums(generated, generated, gaussian)
-    across = _row_sums(generated, reference, gaussian)
-    real = _row_sums(reference, reference, gaussian).sum() / m**2
+    # The kernel of a sample with itself is 1.
+    rows, across = _within(generated, gaussian) + 1, _row_sums(generated, reference, gaussian)
+    real = (_within(reference, gaussian) + 1).sum() / m**2
     total, cross = rows.sum(), across.sum()
     value = total / n**2 + real - 2 * cross / (n * m)
-    # The kernel of a sample with itself is 1.
     without = (total - 2 * rows + 1) / (n - 1) ** 2 - 2 * (cross - across) / ((n - 1) * m)
     error = ((n - 1) * without.var(correction=0)).sqrt()
     return Discrepancy(CMMD_SCALE * float(value), CMMD_SCALE * float(error))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.measure.frechet import jackknife
-
-BLOCK = 512
+from fewstep.measure.kernel import rows_of
 
 
 @dataclass(frozen=True)
@@ -71,20 +70,29 @@ def _without_blocks(hit: Tensor) -> float:
 
 
 def _radii(features: Tensor, centre: Tensor, k: int, block: int) -> Tensor:
-    """Distance of each sample to its k-th neighbour among the others; itself is the nearest, hence k + 1."""
-    radii = []
-    for rows in features.split(block):
-        rows, nearest = rows.double() - centre, torch.empty(len(rows), 0, dtype=torch.float64)
-        for columns in features.split(block):
-            found = torch.cdist(rows, columns.double() - centre)
-            found = found.topk(min(k + 1, found.shape[1]), largest=False).values
-            nearest = torch.cat([nearest, found], 1)
-            nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+    """Distance of each sample to its k-th neighbour among the others; a tile serves its rows and its columns."""
+    nearest = torch.full((len(features), k), torch.inf, dtype=torch.float64)
+
+    def offer(start: int, found: Tensor) -> None:
+        own = slice(start, start + len(found))
+        least = found.topk(min(k, found.shape[1]), largest=False).values
+        nearest[own] = torch.cat([nearest[own], least], 1).topk(k, largest=False).values
+
+    for top in range(0, len(features), block):
+        rows = features[top : top + block].double() - centre
+        for left in range(top, len(features), block):
+            if left == top:
+                offer(top, torch.cdist(rows, rows).fill_diagonal_(torch.inf))
+                continue
+            found = torch.cdist(rows, features[left : left + block].double() - centre)
+            offer(top, found)
+            offer(left, found.T)
+    return nearest.amax(1)
 
 
-def manifold(generated: Tensor, reference: Tensor, *, k: int = 5, block: int = BLOCK, groups: int = 1) -> Manifold:
+def manifold(
+    generated: Tensor, reference: Tensor, *, k: int = 5, block: int | None = None, groups: int = 1
+) -> Manifold:
     """The neighbourhoods behind :func:`prdc`; ``groups`` blocks, of every so-manyth sample, for its errors.
 
     Raises:
@@ -104,8 +112,9 @@ def manifold(generated: Tensor, reference: Tensor, *, k: int = 5, block: int = B
                 f"give more pictures or a smaller k"
             )
     generated, reference = generated.cpu(), reference.cpu()
-    # Distances do not change, but lose fewer digits near the origin.
-    centre = reference.mean(0, dtype=torch.float64)
+    block = rows_of(reference.shape[1]) if block is None else block
+    # Distances do not change, but lose fewer digits near the origin. By blocks: a mean in float64 copies all it takes.
+    centre = torch.stack([part.double().sum(0) for part in reference.split(block)]).sum(0) / len(reference)
     real_radii, fake_radii = (_radii(features, centre, k, block) for features in (reference, generated))
     balls = torch.zeros(len(generated), dtype=torch.int64)
     reached, covered = (torch.zeros(len(reference), groups, dtype=torch.bool) for _ in range(2))
@@ -125,14 +134,15 @@ def manifold(generated: Tensor, reference: Tensor, *, k: int = 5, block: int = B
     return Manifold(k, balls, reached, covered)
 
 
-def prdc(generated: Tensor, reference: Tensor, *, k: int = 5, block: int = BLOCK) -> dict[str, float]:
+def prdc(generated: Tensor, reference: Tensor, *, k: int = 5, block: int | None = None) -> dict[str, float]:
     """Precision, recall, density and coverage of generated features against real ones, in float64.
 
     Args:
         generated: (N, dim) features.
         reference: (M, dim) features.
         k: which neighbour decides the radius of a ball; 5 as in Naeem et al. (3 in Kynkaanniemi et al.).
-        block: rows and columns of the distance matrix at a time; decides memory only.
+        block: rows and columns of the distance matrix at a time; decides memory only. None takes fewer of many
+            features.
 
     Returns:
         precision: share of generated samples inside some real ball, 0 to 1.

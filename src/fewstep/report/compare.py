@@ -202,23 +202,25 @@ class Measure:
 
     def scores(self, shards: Shards, labels: Tensor | None) -> tuple[float, list[float], Scores]:
         """Frechet distance, the same by blocks, and the other scores of some pictures."""
-        blocks = Blocks(self.extractor.dim)
-        for shard, pictures in enumerate(shards):
-            blocks.add(self.extractor(pictures).cpu(), shards.ids(shard))
-        fd, without = blocks.distances(self.target(), normalise=self.normalise)
+        blocks, found = Blocks(self.extractor.dim), Scores({}, {}, {})
         rest = [name for name in self.names if name != "fd" and (name != "accuracy" or labels is not None)]
-        if not rest:
-            return fd, without, Scores({}, {}, {})
-        found = evaluate(
-            shards,
-            self.real,
-            metrics=rest,
-            labels=labels,
-            extractor=self.extractor,
-            seed=self.seed,
-            normalise=self.normalise,
-            intervals=True,
-        )
+        if rest:
+            found = evaluate(
+                shards,
+                self.real,
+                metrics=rest,
+                labels=labels,
+                extractor=self.extractor,
+                seed=self.seed,
+                normalise=self.normalise,
+                intervals=True,
+                watch=blocks.add,
+            )
+        else:
+            for shard, pictures in enumerate(shards):
+                blocks.add(self.extractor(pictures).cpu(), shards.ids(shard))
+        # After the other scores, whose reference serves the distance too.
+        fd, without = blocks.distances(self.target(), normalise=self.normalise)
         return fd, without, found
 
 
