@@ -19,7 +19,7 @@ from fewstep.export.card import Score, fewstep_snippet, model_card, run_snippet
 
 CARD = "README.md"
 # A run folder is also a generator folder: what resuming needs is nobody else's.
-LEFT_OUT = ("checkpoints/*", "run.js", "looks/*", "monitor.jsonl", ".*", "*/.*", "*.tmp", "__pycache__/*", "*/__pycache__/*")
+LEFT_OUT = ("checkpoints/*", "looks/*", "monitor.jsonl", "run.js", ".*", "*/.*", "*.tmp", "*__pycache__/*")
 LORA = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 # A folder with one of these holds something that can be opened again.
 KNOWN = (CONFIG, "model_index.json", "tableau.json", "sampler.json", *LORA)

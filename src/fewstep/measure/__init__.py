@@ -13,8 +13,8 @@ from fewstep.measure.by_class import evaluate_by_class
 from fewstep.measure.cifar import CifarExtractor, CifarNet, cifar_extractor, cifar_metadata
 from fewstep.measure.copies import Copies, Diversity, Nearest, copies, diversity, nearest
 from fewstep.measure.evaluate import DEFAULT, METRICS, Metric, Scores, evaluate
+from fewstep.measure.extractors import EXTRACTORS, extractor
 from fewstep.measure.features import (
-    EXTRACTORS,
     Classifier,
     DigitsExtractor,
     DigitsNet,
@@ -22,7 +22,6 @@ from fewstep.measure.features import (
     PixelExtractor,
     digits_extractor,
     digits_metadata,
-    extractor,
     snap_digits,
 )
 from fewstep.measure.files import cache_folder

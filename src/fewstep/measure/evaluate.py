@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.errors import InputError
-from fewstep.measure import features as extractors
+from fewstep.measure import extractors
 from fewstep.measure.cifar import known_cifar
 from fewstep.measure.features import Extractor
 from fewstep.measure.files import names_in

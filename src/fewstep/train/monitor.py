@@ -41,7 +41,7 @@ SHEETS = 24
 class Following(Protocol):
     """A page that is kept up to date, such as :class:`fewstep.report.run_page.Live`."""
 
-    def update(self) -> None:
+    def update(self) -> object:
         """Called after every line."""
 
     def end(self) -> None:
