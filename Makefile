@@ -11,7 +11,6 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-DOCS := $(VENV)/.docs
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 # 3.11 first, because constraints.txt was made with it
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -22,7 +21,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP)  ## .venv with the package, its extras dev, hf and web, and the versions of constraints.txt
+venv: $(STAMP)  ## .venv with the package, its extras dev, docs, hf and web, and the versions of constraints.txt
 
 $(PY):
 	@for python in $(CANDIDATES); do \
@@ -36,7 +35,7 @@ $(PY):
 # the interpreter is order-only: its own date says nothing about what is installed
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PIP) install -q torch -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PIP) install -q -e '.[dev,hf,web]' -c constraints.txt
+	$(PIP) install -q -e '.[dev,docs,hf,web]' -c constraints.txt
 	@touch $@
 
 # idle OpenMP threads that spin take the cores from those that work
@@ -60,16 +59,12 @@ bench: $(STAMP)  ## every program in benchmarks/ with its defaults; takes long
 	if [ -z "$$programs" ]; then echo "benchmarks/ holds no program" >&2; exit 1; fi; \
 	for program in $$programs; do echo "== $$program"; $(PY) "$$program" $(ARGS) || exit 1; done
 
-$(DOCS): pyproject.toml constraints.txt $(STAMP)
-	$(PIP) install -q -e '.[docs]' -c constraints.txt
-	@touch $@
-
-docs: $(DOCS)  ## the pages of docs/ that are made from code and results, their pictures, and the site
+docs: $(STAMP)  ## the pages of docs/ that are made from code and results, their pictures, and the site
 	$(PY) docs/build.py
 	$(PY) docs/pictures.py
 	$(PY) -m mkdocs build --strict
 
-site: $(DOCS)  ## the site alone, from the pages as they are, into site/; nothing is fetched
+site: $(STAMP)  ## the site alone, from the pages as they are, into site/; nothing is fetched
 	$(PY) -m mkdocs build --strict
 
 clean:  ## remove caches and builds; .venv and runs/ stay
