@@ -182,7 +182,7 @@ TASKS: dict[str, Task] = {
         metrics=("fd", "pixel_fd", "precision", "recall", "modes"),
     ),
     "cifar8": Task("", "resmlp", {"width": 512, "embedding": 96}, 4000, lr=1.5e-3, extractor="cifar10-8", resize=8),
-    "cifar32": Task("", "unet", {}, 60_000, lr=1e-3, metrics=("pixel_fd",)),
+    "cifar32": Task("", "unet", {}, 60_000, lr=1e-3, extractor="cifar10-32"),
     "ring": replace(PLANE, make=ring_data, score=ring_score),
     "grid25": replace(PLANE, make=grid25_data, score=grid25_score),
     "sr-digits": Task(elsewhere="super_resolution.py"),

@@ -6,7 +6,7 @@ sees pictures of 16. The test pictures choose nothing: the last weights are the 
 precision, and the accuracy is that of the rounded weights.
 
     python benchmarks/train_cifar_features.py --train train.parquet --test test.parquet --side 8 --epochs 10
-    python benchmarks/train_cifar_features.py --train train.parquet --test test.parquet --side 32 --epochs 3
+    python benchmarks/train_cifar_features.py --train train.parquet --test test.parquet --side 32 --epochs 14
 """
 
 from __future__ import annotations

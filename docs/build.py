@@ -129,12 +129,13 @@ def methods_measured(place: Path = RESULTS, docs: Path = DOCS) -> None:
     """The page docs/methods-measured.md: every task of benchmarks/methods.py, and the costs of steps."""
     parts = [
         "# Methods, measured\n\nWritten by `make docs` from `benchmarks/results/`; each section names its command.\n\n"
-        "How to read it: every training had about three minutes of one core, so that methods which need long runs "
-        "(MeanFlow, sCM in one step) stand worse than in their papers. On cifar8 the distance is that of Gaussians in "
-        "pixels, which a fitted sampler that follows the teacher exactly keeps best; students win there in one "
-        "evaluation only. Modes of stacked-digits are counted on 25,600 pictures. Sections that end in -claims compare "
-        "settings of one method in short trainings, many of which end long before the method is at its best; a lower "
-        "number is better there too. Pictures show the three best students at each number of evaluations.\n"
+        "How to read it: a training had three minutes of one core (cifar8 three to seven, stacked digits two), so that "
+        "methods which need long runs (MeanFlow, sCM in one step, GET) stand worse than in their papers. Features "
+        "are those of the packaged networks of digits and CIFAR-10. Modes of stacked digits are counted on 25,600 "
+        "pictures. Sections that end in -claims compare settings of one method: in -claims after 15 seconds of an MLP, "
+        "where many are not at their best yet, in -claims-long after as many updates. One training seed each, so that "
+        "differences of a few percent say nothing. Pictures show the three best students at each number of "
+        "evaluations.\n"
     ]
     for path in sorted(place.glob("methods-*.json")):
         parts.append(task_page(path.stem.removeprefix("methods-"), json.loads(path.read_text()), docs))
@@ -176,15 +177,20 @@ def task_page(name: str, body: dict[str, Any], docs: Path) -> str:
         f"the picture seeds {flags['seeds']} (half their range after +-), one training seed. Machine: "
         f"{body['machine']}. Command: `python benchmarks/methods.py --task {body['task']}`"
         f"{' --label ' + flags['label'] if flags.get('label') else ''}; budget of the last call: "
-        f"{flags['seconds']:g} s of CPU.\n\n![{first} against evaluations](img/methods-{name}.svg)\n\n"
-        + table(["sampler", "NFE", *metrics, "images", "CPU s"], cells)
+        f"{budget(flags)}.\n\n![{first} against evaluations](img/methods-{name}.svg)\n\n"
     )
     claims = [claim_row(key, claim, rows, first) for key, claim in body["claims"].items()]
     if claims:
         head = ["claim", "what is compared", f"{first} with, by NFE", f"{first} without", "better with at"]
-        text += "\nOne part of a method, with and without it:\n\n" + table(head, claims)
+        text += "One part of a method, with and without it:\n\n" + table(head, claims) + "\nAll rows:\n\n"
+    text += table(["sampler", "NFE", *metrics, "images", "CPU s"], cells)
     refused = [f"- {r['name']}: {r['refused']}" for r in body["rows"] if "refused" in r]
     return text + ("\nNot for this teacher:\n\n" + "\n".join(refused) + "\n" if refused else "")
+
+
+def budget(flags: dict[str, Any]) -> str:
+    """What each training of a call had."""
+    return f"{flags['iterations']} updates" if flags["iterations"] else f"{flags['seconds']:g} s of CPU"
 
 
 def legible(rows: list[Row], metric: str, most: int = 3) -> list[Row]:

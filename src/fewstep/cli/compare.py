@@ -65,7 +65,7 @@ class Compare:
         seed: of the pictures.
         batch: pictures at a time; the time per picture is that of the fastest batch.
         metrics: names separated by commas; all that apply without. fd is always among them.
-        extractor: features to compare in, see docs/measures.md; that of digits or CIFAR-10 (8 pixels) without one.
+        extractor: features to compare in, see docs/measures.md; that of digits or CIFAR-10 without one.
         plain: Frechet distances as they are published, not scaled to 100.
         tolerance: share of the best score that may be lost for speed, such as 0.05.
         guidance: scale of classifier-free guidance for generators without fixed steps; 1 is none.

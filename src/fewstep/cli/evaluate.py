@@ -49,8 +49,8 @@ class Evaluate:
         n: how many pictures to generate, 2000 without; or how many of those that are there, all without.
         seed: of the pictures.
         metrics: names separated by commas; all that apply without.
-        extractor: features to compare in: digits, cifar10-8, pixel, inception:<file>, dinov2:<folder>,
-            clip:<folder>; see docs/measures.md. The packaged network of digits or CIFAR-10 (8 pixels) without one.
+        extractor: features to compare in: digits, cifar10-8, cifar10-32, pixel, inception:<file>, dinov2:<folder>,
+            clip:<folder>; see docs/measures.md. The packaged network of digits or CIFAR-10 without one.
         plain: Frechet distances as they are published, not scaled to 100.
         by_class: also the scores of each class for itself.
         paired: also the RMSE to the generator's own converged end points at the same noise.

@@ -1,8 +1,4 @@
-"""Networks for CIFAR-10 at 8 and 32 pixels: small enough to travel with the library.
-
-The weights at 8 pixels are packaged. Those at 32 are used once ``benchmarks/train_cifar_features.py --side 32`` has
-put them beside the others; without them the extractor is refused and no data set chooses it.
-"""
+"""The packaged networks for CIFAR-10 at 8 and 32 pixels: small enough to travel with the library."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def evaluate(
             labels and the extractor classifies, "modes" to stacked digits, "pixel_fd" to at most 4096 pixels.
         labels: (N,) the classes asked for, when ``images`` does not bring them.
         extractor: an extractor or its name, see :func:`fewstep.measure.extractor`; None picks the packaged one of
-            digits, stacked digits or CIFAR-10 at 8 pixels (see :func:`fewstep.measure.cifar.known_cifar`).
+            digits, stacked digits or CIFAR-10 at 8 or 32 pixels (see :func:`fewstep.measure.cifar.known_cifar`).
         batch: pictures at a time.
         k: the neighbour that decides precision, recall, density and coverage.
         seed: decides subsets of fd_infinity and directions of sliced_wasserstein.
