@@ -101,9 +101,24 @@ def super_resolution(body: dict[str, Any]) -> str:
         [r["name"], str(r["nfe"]), *(number(r[k]) for k in ("psnr", "ssim", "colour_shift", "fd", "pixel_fd"))]
         for r in sorted(body["rows"], key=lambda r: (r["nfe"] > 20, r["nfe"], r["name"]))
     ]
-    return f"Digits of 4x4 pixels made 8x8, on held-out digits. {body['note']}\n\n" + table(
-        ["method", "NFE", "PSNR, dB", "SSIM", "colour shift", "FD", "pixel FD"], cells
-    )
+    told = body["settings"]
+    return (
+        f"Digits of 4x4 pixels made 8x8, {told['repeats']} pictures of each held-out one; the teacher had "
+        f"{told['teacher_steps']} steps, its students {told['steps']}, CoDi and the fine-tune {told['codi_steps']}.\n\n"
+    ) + table(["method", "NFE", "PSNR, dB", "SSIM", "colour shift", "FD", "pixel FD"], cells)
+
+
+def forgetting(body: dict[str, Any]) -> str:
+    """One-step students that forget classes."""
+    told = body["settings"]
+    keys = ("forgotten", "overridden", "kept_accuracy", "kept_fd", "kept_recall")
+    cells = [[r["name"], str(r["nfe"]), *(number(r[k]) for k in keys)] for r in body["rows"]]
+    return (
+        f"Digits; classes {told['forget']} are to be forgotten, class {told['override']} takes their place; "
+        f"{told['iterations']} updates of {told['batch']}, {told['each']} pictures of each class. Shares of the "
+        "pictures whose label was to be forgotten: seen as that class, and as the one in its place. The other classes "
+        "against the real ones.\n\n"
+    ) + table(["student", "NFE", "seen as forgotten", "as its override", "accuracy", "FD", "recall"], cells)
 
 
 # file: title, the call that writes it, what makes its section
@@ -117,6 +132,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "progressive": ("Progressive distillation, stage by stage", "python benchmarks/progressive.py", students),
     "consistency": ("Consistency students", "python benchmarks/consistency.py", students),
     "super-resolution": ("Super-resolution", "python benchmarks/super_resolution.py", super_resolution),
+    "forgetting": ("Forgetting", "python benchmarks/forgetting.py --teacher FOLDER", forgetting),
     "exports": ("Exports", "python benchmarks/exports.py", exports),
     "memory": ("Memory", "python benchmarks/memory.py", memory),
     "measures": ("Costs of the measures", "python benchmarks/measures.py", measures),
