@@ -59,7 +59,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         InputError: the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    ready = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    ready: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, value in tensors.items():
+        plain = value.detach().cpu().contiguous()
+        memory = plain.untyped_storage()
+        # The format refuses tensors that share memory; a copy of every other would need twice the room.
+        whole = memory.nbytes() == plain.nbytes and memory.data_ptr() not in held
+        held.add(memory.data_ptr())
+        ready[name] = plain if whole else plain.clone()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(ready, temporary, metadata)
