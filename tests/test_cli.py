@@ -18,6 +18,7 @@ from fewstep.cli import COMMANDS, main
 from fewstep.core.state import Run
 from fewstep.core.tableau import Tableau
 from fewstep.data import load_data
+from fewstep.distill import DMD2
 from fewstep.train import untrained
 
 TRAIN = "train --network resmlp --width 16 --batch 8 --log-every 2 --save-every 3 --grid-every 0"
@@ -264,15 +265,26 @@ def test_learning_rates_follow_the_size_unless_they_are_given(
     start = f"sid --teacher {generator} --budget 1 {QUICKLY}"
     scaled = rates(start, "one")
     told = capsys.readouterr().out
-    assert "--student.lr" in told and told.count("learning rate for") == 1
+    assert "--student.lr" in told and told.count("settings for") == 1
     assert scaled[0] == scaled[1] > 1e-5
     assert rates(f"{start} --published", "two") == (1e-5, 1e-5)
     assert rates(f"{start} --student.lr 2e-4", "three") == (2e-4, scaled[1])
     capsys.readouterr()
     assert rates(f"{start} --student.lr 2e-4 --fake.lr=3e-4", "four") == (2e-4, 3e-4)
-    assert "learning rate for" not in capsys.readouterr().out
+    assert "settings for" not in capsys.readouterr().out
     # A recipe repeats what was given, although it equals a default.
     assert rates("--recipe three/recipe.json", "five") == (2e-4, scaled[1])
+
+
+def test_small_networks_get_their_settings_unless_they_are_given(generator: Path) -> None:
+    def ratio(line: str, out: str) -> int:
+        cli(f"distill dmd2 --gan 0 --teacher {generator} --budget 1 {QUICKLY} {line} --out {out}")
+        return int(json.loads((Path(out) / "recipe.json").read_text())["settings"]["ratio"])
+
+    default = DMD2().ratio
+    assert ratio("", "one") == 1 != default
+    # What is given holds, also where it is the default.
+    assert ratio(f"--ratio {default}", "two") == ratio("--published", "three") == default
 
 
 def test_bad_numbers_of_steps(generator: Path, capsys: pytest.CaptureFixture[str]) -> None:
