@@ -121,6 +121,19 @@ def forgetting(body: dict[str, Any]) -> str:
     ) + table(["student", "NFE", "seen as forgotten", "as its override", "accuracy", "FD", "recall"], cells)
 
 
+def collaboration(body: dict[str, Any]) -> str:
+    """A teacher that refines its student's worst pictures."""
+    keys = ("fd", "pixel_fd", "precision", "recall", "accuracy")
+    cells = [
+        [r["mode"], number(r["share"]), number(r["nfe"]), *(spread(r[k]) for k in keys)]
+        for r in sorted(body["rows"], key=lambda r: r["nfe"])
+    ]
+    return (
+        f"Digits, {body['settings']['samples']} pictures of each seed; the share of the student's pictures that the "
+        "teacher gets, and the mean number of evaluations.\n\n"
+    ) + table(["mode", "share", "NFE", "FD", "pixel FD", "precision", "recall", "accuracy"], cells)
+
+
 # file: title, the call that writes it, what makes its section
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "calibrations-exact": ("Calibration on a known problem", "python benchmarks/calibrations.py", calibrations),
@@ -133,6 +146,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "consistency": ("Consistency students", "python benchmarks/consistency.py", students),
     "super-resolution": ("Super-resolution", "python benchmarks/super_resolution.py", super_resolution),
     "forgetting": ("Forgetting", "python benchmarks/forgetting.py --teacher FOLDER", forgetting),
+    "collaboration": ("Teacher and student together", "python benchmarks/collaboration.py", collaboration),
     "exports": ("Exports", "python benchmarks/exports.py", exports),
     "memory": ("Memory", "python benchmarks/memory.py", memory),
     "measures": ("Costs of the measures", "python benchmarks/measures.py", measures),
