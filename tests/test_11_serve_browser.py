@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,12 +11,11 @@ from typing import Any
 
 import pytest
 
+from conftest import WAIT
 from fewstep.serve import Request, Served
 from fewstep.serve.app import default_request, serve
 from fewstep.serve.view import panels_html
 from served import two
-
-WAIT = 240_000  # milliseconds; a crowded machine is slow, and nothing here measures time
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +42,6 @@ def address(served: Served) -> Iterator[str]:
     servers[0].should_exit = True
     thread.join(60)
     assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next((p for p in map(shutil.which, names) if p), None)
-    if program is None:
-        pytest.skip(f"no Chromium on this machine: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"], timeout=WAIT)
-        yield made
-        made.close()
 
 
 def opened(browser: Any, address: str, asked: list[str]) -> Any:

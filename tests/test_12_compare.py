@@ -48,12 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return teacher.save(folder / "teacher"), student.save(folder / "student")
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in a folder of its own, without the reference cache of whoever runs it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def cli(line: str) -> None:

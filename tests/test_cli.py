@@ -30,12 +30,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained(load_data("digits"), "resmlp", width=16, embedding=8, blocks=1).save(folder)
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in a folder of its own, without the reference cache of whoever runs it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def cli(line: str) -> None:

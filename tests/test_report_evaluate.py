@@ -32,11 +32,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.with_sampler(dpmpp(grid("karras", 2, D.sigma_min, D.sigma_max), 1)).save(folder)
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def cli(line: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import WAIT
 from fewstep.cli import main
 from fewstep.core.options import Budget, FitOptions, Report
 from fewstep.core.role import Ema, Optim
@@ -432,21 +433,6 @@ def test_updates_wait_for_their_share_of_the_time(tmp_path: Path, monkeypatch: p
 
 
 # ---- in a browser
-
-WAIT = 240_000  # milliseconds; a crowded machine is slow, and nothing here measures time
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next((p for p in map(shutil.which, names) if p), None)
-    if program is None:
-        pytest.skip(f"no Chromium on this machine: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"], timeout=WAIT)
-        yield found
-        found.close()
 
 
 def test_an_open_page_follows_the_run(browser: Any, tmp_path: Path, finished: Path) -> None:
